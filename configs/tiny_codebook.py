@@ -1,0 +1,36 @@
+"""Stage 2 on the embedded pictures: minutes on two CPU cores.
+
+    python -m seed_jax.train --config configs/tiny_codebook.py --workdir runs/codebook \
+        --config.init=runs/causal_qformer/model
+"""
+
+from ml_collections import ConfigDict
+
+from configs import codebook
+
+
+def get_config() -> ConfigDict:
+    config = codebook.get_config().unlock()
+    config.steps = 300
+    config.batch_size = 128
+    config.image_size = 64
+    config.precision = "float32"
+    config.remat = False
+    config.unroll = True
+    config.teacher = ""
+
+    config.model.codebook.update(size=512, dim=16)
+    config.model.decoder_heads = 4
+    config.model.decoder_depth = 1
+    config.model.generation.depth = 1
+
+    config.optimizer.update(
+        learning_rate=2e-3, warmup_from=1e-5, final_learning_rate=2e-5, warmup_steps=30, clip_norm=1.0,
+    )
+    config.data.update(
+        path="embedded", split="train", cache=True, workers=0, max_tags=4, crop_scale=(0.7, 1.0),
+    )
+    config.log_every = 10
+    config.checkpoint_every = 100
+    config.keep_checkpoints = 1
+    return config.lock()

@@ -1,0 +1,26 @@
+"""What every command line shares: a user's mistake costs one line, not a traceback."""
+
+import os
+import sys
+from collections.abc import Callable
+
+from absl import logging
+
+
+class UserError(Exception):
+    """A mistake the user can mend; the message is one line naming the file and what to do."""
+
+
+def run(main: Callable[[], object]) -> None:
+    """Runs `main`; exits 2 with one line on a `UserError`, 130 on Ctrl-C."""
+    # Libraries' notes about what they are doing would bury ours.
+    logging.set_verbosity(logging.WARNING)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

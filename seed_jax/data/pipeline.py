@@ -1,0 +1,387 @@
+"""Batches for training and evaluation, read ahead by Grain in threads or worker processes.
+
+B rows in a batch of the whole run, b of them on this host, S pixels a side, T tokens.
+
+A training batch is a function of (seed, its number) alone. So the iterator's state is that number,
+a run resumes bitwise, and the batches are the same for any number of hosts, worker processes or
+threads. This holds for unreadable pictures too: another one, drawn from the row's own generator,
+takes the row, and no later row moves.
+"""
+
+import math
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from random import Random
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict
+from PIL import Image, UnidentifiedImageError
+
+from seed_jax.cli import UserError
+from seed_jax.data import transforms
+from seed_jax.data.sources import Record, Source
+from seed_jax.data.text import TextField, choose_caption
+
+Batch = dict[str, np.ndarray]
+
+# Batches read ahead by a thread or worker: one waits while the next is made.
+READ_AHEAD = 2
+MAX_THREADS = 4
+NAMED_IN_ERROR = 3
+
+
+class UnreadablePicture(Exception):
+    """A picture that can't be decoded, or whose record can't be read; the message says which."""
+
+
+class PipelineIterator(Iterator[Batch]):
+    """Batches, and the pictures that could not be read on the way to them.
+
+    `get_state` and `set_state` go back and forth between batches with what is cached kept; the
+    state is JSON-able and good for any number of hosts and workers. `close` (or garbage collection)
+    stops threads and workers.
+    """
+
+    def __init__(self, batches: "_TrainBatches | _EvalBatches", *, workers: int):
+        self._batches = batches
+        self._workers = workers
+        self._number = 0
+        self._unreadable: dict[int, str] = {}
+        self._iterator: grain.DatasetIterator | None = None
+
+    @property
+    def unreadable(self) -> list[str]:
+        """Name and reason of each picture met so far that could not be read."""
+        return list(self._unreadable.values())
+
+    def __next__(self) -> Batch:
+        """The next batch.
+
+        Raises:
+          UserError: more pictures than allowed could not be read.
+        """
+        if self._iterator is None:
+            self._iterator = self._start()
+        batch, unreadable = next(self._iterator)
+        self._number += 1
+        self._unreadable.update(unreadable)
+        self._batches.limit.check(self._unreadable, batches_read=self._number)
+        return batch
+
+    def _start(self) -> grain.DatasetIterator:
+        threads = 1 if self._workers else min(MAX_THREADS, os.cpu_count() or 1)
+        dataset = grain.MapDataset.source(self._batches).slice(slice(self._number, None))
+        dataset = dataset.to_iter_dataset(
+            grain.ReadOptions(num_threads=threads, prefetch_buffer_size=READ_AHEAD * threads)
+        )
+        if self._workers:
+            # Grain asks absl for flags of its own, which a program without absl.app never parses.
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()
+            dataset = dataset.mp_prefetch(
+                grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=READ_AHEAD),
+                worker_init_fn=_live_and_die_with_parent,
+            )
+        return iter(dataset)
+
+    def get_state(self) -> dict[str, Any]:
+        """Where the iterator is, after the last batch that it gave."""
+        return {"batch": self._number, "unreadable": list(map(list, self._unreadable.items()))}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        self.close()
+        self._number = state["batch"]
+        self._unreadable = dict(state["unreadable"])
+
+    def close(self) -> None:
+        if self._iterator is not None:
+            self._iterator.close()
+            self._iterator = None
+
+
+def train_pipeline(
+    source: Source,
+    *,
+    batch_size: int,
+    image_size: int,
+    texts: Mapping[str, TextField],
+    data: ConfigDict,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> PipelineIterator:
+    """Batches without end: every epoch all pictures in another order, cropped and mirrored anew.
+
+    A batch is {'image': uint8 [b, S, S, 3], 'index': int32 [b], the record's place in the source,
+    and for each text '<name>': int32 [b, T], '<name>_mask': bool [b, T]}, where the host gets rows
+    `process_index * b` and on of the batch.
+
+    Args:
+      batch_size: rows of all hosts together, a multiple of `process_count`.
+      data: cache, workers, max_tags, crop_scale, flip and max_unreadable, as in the configs.
+
+    Raises:
+      UserError: the source is smaller than a batch. While iterating: more than `max_unreadable` of
+        the pictures can't be read, or one has no caption where a text is wanted.
+    """
+    if len(source) < batch_size:
+        raise UserError(
+            f"{source.path} has {len(source)} pictures, fewer than the {batch_size} of a batch; "
+            "take a smaller config.batch_size or more pictures"
+        )
+    batches = _TrainBatches(
+        _Pictures(source, cache=data.cache),
+        batch_size=batch_size,
+        rows=_rows_of_host(batch_size, process_index, process_count),
+        image_size=image_size,
+        texts=texts,
+        data=data,
+        seed=seed,
+    )
+    return PipelineIterator(batches, workers=data.workers)
+
+
+def eval_batches(
+    source: Source,
+    *,
+    batch_size: int,
+    image_size: int,
+    texts: Mapping[str, TextField] | None = None,
+    max_tags: int = 0,
+    workers: int = 0,
+    max_unreadable: float | None = 0.01,
+) -> PipelineIterator:
+    """Every picture once, in the source's order, resized as the original does.
+
+    A batch is {'image': uint8 [B, S, S, 3], 'index': int32 [B], 'valid': bool [B]} and the texts as
+    in `train_pipeline`, of each first caption. Rows that are not valid pad the last batch, with
+    index -1, or stand for a picture that can't be read, anywhere.
+
+    Args:
+      max_unreadable: the share of unreadable pictures that is accepted, if some can be read; None
+        goes on whatever happens and leaves it to the caller to look at `unreadable`.
+
+    Raises:
+      UserError: while iterating, as `train_pipeline`.
+    """
+    batches = _EvalBatches(
+        _Pictures(source, cache=False),
+        batch_size=batch_size,
+        image_size=image_size,
+        texts=texts or {},
+        max_tags=max_tags,
+        max_unreadable=max_unreadable,
+    )
+    return PipelineIterator(batches, workers=workers)
+
+
+def _live_and_die_with_parent(worker: int, workers: int) -> None:
+    """Set-up of a worker process: Ctrl-C is the parent's to act on, and a killed parent ends it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def follow() -> None:
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def _rows_of_host(batch_size: int, process_index: int, process_count: int) -> range:
+    if batch_size % process_count:
+        raise UserError(f"config.batch_size={batch_size} can't be split over {process_count} hosts")
+    rows = batch_size // process_count
+    return range(process_index * rows, (process_index + 1) * rows)
+
+
+class _Pictures:
+    """Decoded pictures with the rest of their records, kept in memory if `cache`."""
+
+    def __init__(self, source: Source, *, cache: bool):
+        self.source = source
+        # What an unreadable picture leaves here is its message.
+        self._cache: dict[int, tuple[Image.Image, Record] | str] | None = {} if cache else None
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, Record]:
+        """Raises UnreadablePicture."""
+        if self._cache is not None and index in self._cache:
+            found = self._cache[index]
+        else:
+            found = self._read(index)
+            if self._cache is not None:
+                self._cache[index] = found
+        if isinstance(found, str):
+            raise UnreadablePicture(found)
+        return found
+
+    def _read(self, index: int) -> tuple[Image.Image, Record] | str:
+        # What broken files make decoders raise has no common base.
+        try:
+            record = self.source[index]
+            return transforms.decode(record["image"]), {**record, "image": b""}
+        except UnidentifiedImageError:
+            # PIL's own message holds a memory address.
+            return f"{self.source.name(index)} (not a picture)"
+        except Exception as error:
+            what = str(error) or type(error).__name__
+            return f"{self.source.name(index)} ({what.splitlines()[0]})"
+
+
+class _Limit:
+    """Decides when too many pictures are unreadable."""
+
+    def __init__(self, source: Source, share: float | None, *, rows: int, hosts: int):
+        """`rows` is how many a batch has on this host; a share of None allows everything."""
+        self._path, self._total = source.path, len(source)
+        self._share, self._rows, self._hosts = share, rows, hosts
+
+    def check(self, unreadable: Mapping[int, str], *, batches_read: int) -> None:
+        """Raises a UserError if there are more than the share of the pictures read.
+
+        A host meets its part of the pictures in an epoch: what it has read counts as at least that
+        part, so that a bad picture among the first doesn't stop the run.
+        """
+        if self._share is None:
+            return
+        read = min(self._total, max(self._total / self._hosts, batches_read * self._rows))
+        allowed = self._share * read
+        if self._hosts > 1:
+            # A part is a sample: three standard deviations are chance.
+            allowed += 3 * math.sqrt(allowed)
+        if len(unreadable) <= allowed and len(unreadable) < self._total:
+            return
+        names = list(unreadable.values())
+        others = f" and {len(names) - NAMED_IN_ERROR} more" if names[NAMED_IN_ERROR:] else ""
+        raise UserError(
+            f"{self._path}: {len(names)} of {self._total} pictures can't be read "
+            f"(max_unreadable is {self._share:g}): {', '.join(names[:NAMED_IN_ERROR])}{others}; "
+            "mend or remove them"
+        )
+
+
+class _TrainBatches:
+    """This host's rows of any training batch, by its number: a source for Grain."""
+
+    def __init__(
+        self,
+        pictures: _Pictures,
+        *,
+        batch_size: int,
+        rows: range,
+        image_size: int,
+        texts: Mapping[str, TextField],
+        data: ConfigDict,
+        seed: int,
+    ):
+        self._pictures = pictures
+        self._order = grain.MapDataset.range(len(pictures)).seed(seed).shuffle().repeat()
+        self._batch_size = batch_size
+        self._rows = rows
+        self._image_size = image_size
+        self._texts = dict(texts)
+        self._max_tags = data.max_tags
+        self._scale = tuple(data.crop_scale)
+        self._flip = data.flip
+        self._seed = seed
+        self.limit = _Limit(
+            pictures.source, data.max_unreadable, rows=len(rows), hosts=batch_size // len(rows)
+        )
+
+    def __len__(self) -> int:
+        return len(self._order) // self._batch_size
+
+    def __getitem__(self, number: int) -> tuple[Batch, dict[int, str]]:
+        images = np.empty((len(self._rows), self._image_size, self._image_size, 3), np.uint8)
+        indices, captions = [], []
+        unreadable: dict[int, str] = {}
+        for row, place in enumerate(self._rows):
+            position = number * self._batch_size + place
+            rng = Random((self._seed << 64) | position)
+            index, image, record = self._read(position, rng, unreadable)
+            images[row] = transforms.random_view(
+                image, self._image_size, rng, scale=self._scale, flip=self._flip
+            )
+            indices.append(index)
+            if self._texts:
+                captions.append(choose_caption(record, rng, self._max_tags))
+        batch: Batch = {"image": images, "index": np.array(indices, np.int32)}
+        return batch | _encode(self._texts, captions), unreadable
+
+    def _read(
+        self, position: int, rng: Random, unreadable: dict[int, str]
+    ) -> tuple[int, Image.Image, Record]:
+        index = int(self._order[position])
+        while True:
+            try:
+                return index, *self._pictures[index]
+            except UnreadablePicture as error:
+                unreadable[index] = str(error)
+            # Too many already: without this, one row would go through a whole set of them.
+            self.limit.check(unreadable, batches_read=0)
+            index = rng.randrange(len(self._pictures))
+
+
+class _EvalBatches:
+    """Any batch of one pass in order, by its number: a source for Grain."""
+
+    def __init__(
+        self,
+        pictures: _Pictures,
+        *,
+        batch_size: int,
+        image_size: int,
+        texts: Mapping[str, TextField],
+        max_tags: int,
+        max_unreadable: float | None,
+    ):
+        self._pictures = pictures
+        self._batch_size = batch_size
+        self._image_size = image_size
+        self._texts = dict(texts)
+        self._max_tags = max_tags
+        self.limit = _Limit(pictures.source, max_unreadable, rows=batch_size, hosts=1)
+
+    def __len__(self) -> int:
+        return -(-len(self._pictures) // self._batch_size)
+
+    def __getitem__(self, number: int) -> tuple[Batch, dict[int, str]]:
+        size = self._image_size
+        batch: Batch = {
+            "image": np.zeros((self._batch_size, size, size, 3), np.uint8),
+            "index": np.full(self._batch_size, -1, np.int32),
+            "valid": np.zeros(self._batch_size, bool),
+        }
+        captions = [""] * self._batch_size
+        unreadable: dict[int, str] = {}
+        start = number * self._batch_size
+        for row, index in enumerate(
+            range(start, min(start + self._batch_size, len(self._pictures)))
+        ):
+            batch["index"][row] = index
+            try:
+                image, record = self._pictures[index]
+            except UnreadablePicture as error:
+                unreadable[index] = str(error)
+                continue
+            batch["image"][row] = transforms.resize(image, size)
+            batch["valid"][row] = True
+            if self._texts:
+                captions[row] = choose_caption(record, None, self._max_tags)
+        return batch | _encode(self._texts, captions), unreadable
+
+
+def _encode(texts: Mapping[str, TextField], captions: list[str]) -> Batch:
+    batch = {}
+    for name, text in texts.items():
+        batch[name], batch[f"{name}_mask"] = text.batch(captions)
+    return batch

@@ -1,0 +1,195 @@
+"""Runs a trained model over a data set: weights on every local device, batches split among them.
+
+Shapes: B batch, P pictures, C captions, T tokens, E contrastive width, Q codes a picture.
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+from tqdm import tqdm
+
+from seed_jax import model_dir, sharding
+from seed_jax.cli import UserError
+from seed_jax.data import pipeline
+from seed_jax.data.sources import Source
+from seed_jax.data.text import TextField, choose_caption, load_tokenizer
+from seed_jax.models.layers import Array, Compute
+from seed_jax.models.tokenizer import CausalEncoder, EncoderConfig, SeedTokenizer
+from seed_jax.tasks import causal_qformer
+
+
+class Runner:
+    """Holds a model's weights on every local device, and compiles functions of it."""
+
+    def __init__(self, model: nnx.Module):
+        self._mesh = sharding.make_mesh({"data": -1}, jax.local_devices())
+        self._graphdef, state = nnx.split(model)
+        self._state = jax.device_put(state, NamedSharding(self._mesh, PartitionSpec()))
+
+    def batch_size(self, wanted: int) -> int:
+        """The smallest batch of at least `wanted` rows that splits evenly among the devices."""
+        return -(-wanted // self._mesh.size) * self._mesh.size
+
+    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function(model, *arrays)` as a compiled function of its arrays, each [B, ...]."""
+        graphdef, split = self._graphdef, sharding.batch_sharding(self._mesh)
+
+        @jax.jit
+        def compiled(state: nnx.State, *arrays: Array) -> Any:
+            return function(nnx.merge(graphdef, state), *arrays)
+
+        return lambda *arrays: compiled(self._state, *jax.device_put(arrays, split))
+
+
+@dataclasses.dataclass(frozen=True)
+class CodeEmbeddings:
+    """What the codes of P pictures keep.
+
+    Attributes:
+      codes_PQ: int32 visual codes.
+      image_PE: float32 features of the causal embeddings that the decoder reconstructs from them.
+    """
+
+    codes_PQ: np.ndarray
+    image_PE: np.ndarray
+    codebook_size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Embeddings:
+    """Pictures and captions in the contrastive space; features float32, L2-normalised.
+
+    Attributes:
+      index_P: each picture's place in the source; pictures that can't be read are left out.
+      picture_of_caption_C: the row of `image_PE` that a caption belongs to.
+      codes: None for a stage-1 model.
+    """
+
+    index_P: np.ndarray
+    image_PE: np.ndarray
+    captions: list[str]
+    text_CE: np.ndarray
+    picture_of_caption_C: np.ndarray
+    codes: CodeEmbeddings | None
+
+
+def embed(
+    path: str | Path, source: Source, *, batch_size: int = 64, max_tags: int = 0
+) -> Embeddings:
+    """Embeds the pictures of a source and all of their captions.
+
+    Args:
+      path: model directory of either stage.
+      max_tags: append up to so many of a picture's tags to each of its captions.
+
+    Raises:
+      UserError: the model directory is not whole, or its model has no contrastive heads.
+    """
+    model, config = _load(path)
+    runner = Runner(model)
+    batch_size = runner.batch_size(batch_size)
+    images = _embed_images(runner, config, source, batch_size)
+    index_P = images.pop("index")
+
+    captions, picture_of_caption = [], []
+    for row, index in enumerate(index_P):
+        record = source[int(index)]
+        for caption in record["captions"]:
+            captions.append(choose_caption({**record, "captions": [caption]}, None, max_tags))
+            picture_of_caption.append(row)
+    field = TextField(load_tokenizer(str(Path(path) / "text_tokenizer")), config.text_length)
+    text_CE = _embed_texts(runner, field, captions, batch_size)
+
+    codes = None
+    if isinstance(model, SeedTokenizer):
+        codes = CodeEmbeddings(images["codes"], images["code_features"], model.config.codebook.size)
+    return Embeddings(
+        index_P, images["features"], captions, text_CE, np.array(picture_of_caption), codes
+    )
+
+
+def _load(path: str | Path) -> tuple[CausalEncoder | SeedTokenizer, EncoderConfig]:
+    model: CausalEncoder | SeedTokenizer
+    if model_dir.describe(path)["kind"] == causal_qformer.KIND:
+        model = model_dir.load(path, causal_qformer.KIND, EncoderConfig, CausalEncoder, Compute())
+        config = model.config
+    else:
+        model = SeedTokenizer.from_pretrained(path)
+        config = model.config.encoder
+        if model.reconstruction is None:
+            raise UserError(
+                f"{path} can't embed codes: it has no branch that reconstructs embeddings"
+            )
+    if not config.contrastive_dim:
+        raise UserError(f"{path} can't embed captions: it has no contrastive heads")
+    return model, config
+
+
+def _embed_images(
+    runner: Runner, config: EncoderConfig, source: Source, batch_size: int
+) -> dict[str, np.ndarray]:
+    @runner.compile
+    def apply(model: CausalEncoder | SeedTokenizer, images: Array) -> dict[str, Array]:
+        causal_BQD = model.causal_embeddings(images)
+        outputs = {"features": model.image_features(causal_BQD)}
+        if isinstance(model, SeedTokenizer):
+            codes_BQ = model.codebook.nearest(model.code_vectors(causal_BQD))
+            outputs["codes"] = codes_BQ
+            outputs["code_features"] = model.image_features(model.reconstruct_causal(codes_BQ))
+        return outputs
+
+    batches = pipeline.eval_batches(source, batch_size=batch_size, image_size=config.vit.image_size)
+    rows = []
+    with tqdm(total=len(source), unit="picture", desc="pictures", dynamic_ncols=True) as bar:
+        for batch in batches:
+            valid = batch["valid"]
+            outputs = jax.device_get(apply(batch["image"])) | {"index": batch["index"]}
+            rows.append({name: value[valid] for name, value in outputs.items()})
+            bar.update(int(valid.sum()))
+    report_unreadable(batches.unreadable)
+    return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+
+
+def _embed_texts(
+    runner: Runner, field: TextField, captions: list[str], batch_size: int
+) -> np.ndarray:
+    apply = runner.compile(lambda model, ids, mask: model.text_features(ids, mask))
+    features = []
+    starts = range(0, len(captions), batch_size)
+    for start in tqdm(starts, unit="batch", desc="captions", dynamic_ncols=True):
+        batch = captions[start : start + batch_size]
+        # The last batch is padded, so that one shape is compiled.
+        padding = [""] * (batch_size - len(batch))
+        features.append(np.asarray(apply(*field.batch(batch + padding)))[: len(batch)])
+    return np.concatenate(features)
+
+
+def report_unreadable(names: list[str]) -> None:
+    """Lists the pictures that were skipped."""
+    if names:
+        print(f"{len(names)} pictures could not be read and were skipped:")
+        print("\n".join(f"  {name}" for name in names))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of every command that runs a model over pictures."""
+    parser.add_argument(
+        "--model", required=True, metavar="DIR", help="model directory, as train writes it"
+    )
+    parser.add_argument("--split", metavar="NAME", help="only records of this split")
+    parser.add_argument(
+        "--batch-size", type=_positive, default=64, metavar="N", help="pictures at a time (64)"
+    )
+
+
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return number

@@ -1,0 +1,136 @@
+"""Reads files of PyTorch weights, one tensor at a time. The only place that imports torch."""
+
+import dataclasses
+import pickle
+import warnings
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import safetensors
+
+from seed_jax.cli import UserError
+
+# What published checkpoints wrap their state dict in.
+WRAPPERS = ("model", "state_dict")
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file; `np.asarray` reads it.
+
+    Attributes:
+      file: where it is.
+      shape: known without reading.
+    """
+
+    file: Path
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray] = dataclasses.field(repr=False)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """See numpy's array protocol."""
+        return np.array(self.read(), dtype=dtype, copy=copy)
+
+
+def read_weights(paths: str | Path | Iterable[str | Path]) -> dict[str, StoredTensor]:
+    """The tensors of one or more files by name; nothing is read before it is asked for.
+
+    Args:
+      paths: `.safetensors` files, or `.pth`, `.pt` and `.bin` files of `torch.save`, whose state
+        dict may lie under 'model' or 'state_dict'. Where two files hold the same name, the later
+        one wins, as when the original loads one after the other.
+
+    Returns:
+      float16 and bfloat16 tensors keep their types.
+
+    Raises:
+      UserError: a file is missing, damaged, of an unknown kind, or would run code; or torch, which
+        only files of `torch.save` need, is not installed.
+    """
+    weights: dict[str, StoredTensor] = {}
+    for path in [paths] if isinstance(paths, str | Path) else paths:
+        weights |= _read_file(Path(path))
+    return weights
+
+
+def _read_file(path: Path) -> dict[str, StoredTensor]:
+    if not path.is_file():
+        raise UserError(f"{path} is not a file; name the weights to read")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    if path.suffix in (".pth", ".pt", ".bin"):
+        return _read_torch(path)
+    raise UserError(f"{path} is neither .safetensors nor .pth, .pt or .bin")
+
+
+def _read_safetensors(path: Path) -> dict[str, StoredTensor]:
+    try:
+        file = safetensors.safe_open(path, framework="np")
+        return {
+            key: StoredTensor(
+                path, tuple(file.get_slice(key).get_shape()), lambda key=key: file.get_tensor(key)
+            )
+            for key in file.keys()  # noqa: SIM118  # not a dict: it has no other way to iterate
+        }
+    except (safetensors.SafetensorError, OSError) as error:
+        raise _damaged(path, error) from error
+
+
+def _read_torch(path: Path) -> dict[str, StoredTensor]:
+    try:
+        import torch
+    except ImportError:
+        raise UserError(
+            f"{path} is a PyTorch file, which takes torch to read: pip install torch, or give the "
+            "weights as .safetensors"
+        ) from None
+    try:
+        with warnings.catch_warnings():
+            # It warns of pickles that torch did not write, which it then refuses.
+            warnings.simplefilter("ignore")
+            loaded = torch.load(
+                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+            )
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} is refused: it holds more than tensors, and reading it could run code "
+            f"({_refusal(error)}); save its state dict alone"
+        ) from error
+    except Exception as error:  # whatever the unpickler makes of bytes that are none of its own
+        raise _damaged(path, error) from error
+    for key in WRAPPERS:
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
+            loaded = loaded[key]
+            break
+    if not isinstance(loaded, Mapping):
+        raise UserError(f"{path} holds a {type(loaded).__name__}, not a state dict")
+    strangers = [key for key, value in loaded.items() if not isinstance(value, torch.Tensor)]
+    if strangers:
+        raise UserError(f"{path} holds entries that are no tensors: {', '.join(strangers)}")
+
+    def numpy(tensor: Any) -> np.ndarray:
+        tensor = tensor.detach()
+        if tensor.dtype == torch.bfloat16:
+            return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+        return tensor.numpy()
+
+    return {
+        key: StoredTensor(path, tuple(value.shape), lambda value=value: numpy(value))
+        for key, value in loaded.items()
+    }
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return UserError(f"{path} is damaged or cut short; download it again ({reason})")
+
+
+def _refusal(error: Exception) -> str:
+    """The line of torch's long message that says what the file asked for."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    told = [line for line in lines if "GLOBAL" in line or line.startswith("Unsupported")]
+    return told[0].split(". ")[0].rstrip(".") if told else "not a plain state dict"

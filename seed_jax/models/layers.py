@@ -1,0 +1,204 @@
+"""Pieces that every model here is made of: dense maps, attention, pre-norm blocks, stacks of layers.
+
+Shapes in names: B batch, T query tokens, S key tokens, D width, N heads, H head dim, L layers.
+
+Parameters carry the names of their dims in the `axes` metadata; `seed_jax.sharding` maps names to
+mesh axes. A stacked parameter has the layer dim in front of the dims that `axes` names.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+Array = jax.Array
+M = TypeVar("M")
+S = TypeVar("S")
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """How a model runs, as opposed to what it is.
+
+    Attributes:
+      dtype: of activations and matmuls. LayerNorm statistics, softmax and vector quantisation stay
+        in float32 whatever it says.
+      remat: recompute each layer in the backward pass instead of keeping its activations.
+      unroll: unroll the loop over layers: slower to compile, faster to run when layers are small.
+    """
+
+    dtype: Any = jnp.float32
+    remat: bool = False
+    unroll: bool = False
+
+
+def dense(
+    din: int, dout: int, *, axes: tuple[str | None, str | None], compute: Compute, rngs: nnx.Rngs,
+    use_bias: bool = True,
+) -> nnx.Linear:
+    """A linear layer [..., din] -> [..., dout] whose kernel dims are named by `axes`."""
+    return nnx.Linear(
+        din,
+        dout,
+        use_bias=use_bias,
+        dtype=compute.dtype,
+        kernel_metadata={"axes": axes},
+        bias_metadata={"axes": axes[1:]},
+        rngs=rngs,
+    )
+
+
+def layer_norm(width: int, *, epsilon: float, compute: Compute, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """LayerNorm over the last dim, statistics in float32."""
+    # The fast variance, E[x²] - E[x]², cancels badly where a channel's mean is far from zero, as
+    # in deep ViT residual streams.
+    return nnx.LayerNorm(
+        width, epsilon=epsilon, dtype=compute.dtype, use_fast_variance=False, rngs=rngs
+    )
+
+
+def dropout(x: Array, rate: float, key: Array | None) -> Array:
+    """Dropout with an explicit key; no key means evaluation."""
+    return nnx.Dropout(rate)(x, deterministic=key is None, rngs=key)
+
+
+def gelu(x: Array) -> Array:
+    """The exact (erf) GELU, which all of SEED's parts use."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+def _flash_available(dtype: Any) -> bool:
+    if jax.default_backend() != "gpu" or dtype not in (jnp.float16, jnp.bfloat16):
+        return False
+    return float(jax.devices()[0].compute_capability) >= 8.0
+
+
+def attention(
+    q_BTNH: Array,
+    k_BSNH: Array,
+    v_BSNH: Array,
+    mask: Array | None = None,
+    *,
+    dropout_rate: float = 0.0,
+    key: Array | None = None,
+) -> Array:
+    """Scaled dot-product attention, the one place where its implementation is chosen.
+
+    Args:
+      mask: bool, broadcastable to [B, N, T, S]; True where a query may attend to a key.
+      dropout_rate, key: dropout of the attention probabilities, when a key is given.
+
+    Returns:
+      [B, T, N, H] in the dtype of `q_BTNH`; softmax in float32.
+    """
+    if key is not None and dropout_rate > 0:
+        # The fused kernels have no dropout of probabilities, which BERT trains with.
+        scores_BNTS = jnp.einsum(
+            "BTNH,BSNH->BNTS", q_BTNH, k_BSNH, preferred_element_type=jnp.float32
+        )
+        scores_BNTS = scores_BNTS * q_BTNH.shape[-1] ** -0.5
+        if mask is not None:
+            scores_BNTS = jnp.where(mask, scores_BNTS, jnp.finfo(jnp.float32).min)
+        probs_BNTS = dropout(jax.nn.softmax(scores_BNTS), dropout_rate, key)
+        return jnp.einsum("BNTS,BSNH->BTNH", probs_BNTS.astype(v_BSNH.dtype), v_BSNH)
+    dtype = q_BTNH.dtype
+    if dtype == jnp.float16 and jax.default_backend() == "cpu":
+        # XLA's CPU backend lacks the float16 product with float32 sums that is asked for below.
+        q_BTNH, k_BSNH, v_BSNH = (a.astype(jnp.float32) for a in (q_BTNH, k_BSNH, v_BSNH))
+    implementation = "cudnn" if _flash_available(dtype) else "xla"
+    return jax.nn.dot_product_attention(
+        q_BTNH, k_BSNH, v_BSNH, mask=mask, implementation=implementation
+    ).astype(dtype)
+
+
+class SelfAttention(nnx.Module):
+    """Multi-head self-attention with one query-key-value kernel, as in ViTs (no mask).
+
+    Args:
+      key_bias: whether keys have a bias too. EVA's ViT has biases on queries and values alone.
+    """
+
+    def __init__(
+        self, width: int, heads: int, *, key_bias: bool, compute: Compute, rngs: nnx.Rngs
+    ):
+        head_dim = width // heads
+        init = nnx.initializers.lecun_normal(in_axis=0, out_axis=(1, 2, 3))
+        zeros = jnp.zeros((heads, head_dim))
+        bias_axes = ("heads", None)
+        self.qkv = nnx.Param(
+            init(rngs.params(), (width, 3, heads, head_dim)), axes=("embed", None, *bias_axes)
+        )
+        self.q_bias = nnx.Param(zeros, axes=bias_axes)
+        self.k_bias = nnx.Param(zeros, axes=bias_axes) if key_bias else None
+        self.v_bias = nnx.Param(zeros, axes=bias_axes)
+        self.out = dense(width, width, axes=("heads", "embed"), compute=compute, rngs=rngs)
+        self.compute = compute
+
+    def __call__(self, x_BTD: Array) -> Array:
+        k_bias = jnp.zeros_like(self.q_bias[...]) if self.k_bias is None else self.k_bias[...]
+        bias_KNH = jnp.stack([self.q_bias[...], k_bias, self.v_bias[...]])
+        x_BTD, qkv_DKNH, bias_KNH = (
+            a.astype(self.compute.dtype) for a in (x_BTD, self.qkv[...], bias_KNH)
+        )
+        qkv_BTKNH = jnp.einsum("BTD,DKNH->BTKNH", x_BTD, qkv_DKNH) + bias_KNH[None, None]
+        q_BTNH, k_BTNH, v_BTNH = (qkv_BTKNH[:, :, i] for i in range(3))
+        return self.out(attention(q_BTNH, k_BTNH, v_BTNH).reshape(x_BTD.shape))
+
+
+class MLP(nnx.Module):
+    """Two dense maps with an exact GELU between them."""
+
+    def __init__(self, width: int, mlp_dim: int, *, compute: Compute, rngs: nnx.Rngs):
+        self.up = dense(width, mlp_dim, axes=("embed", "mlp"), compute=compute, rngs=rngs)
+        self.down = dense(mlp_dim, width, axes=("mlp", "embed"), compute=compute, rngs=rngs)
+
+    def __call__(self, x_BTD: Array) -> Array:
+        return self.down(gelu(self.up(x_BTD)))
+
+
+class Block(nnx.Module):
+    """A pre-norm transformer block: the ViT's, and that of the decoders after the codebook."""
+
+    def __init__(
+        self, width: int, heads: int, mlp_dim: int, *,
+        epsilon: float, key_bias: bool, compute: Compute, rngs: nnx.Rngs,
+    ):
+        self.norm1 = layer_norm(width, epsilon=epsilon, compute=compute, rngs=rngs)
+        self.attention = SelfAttention(
+            width, heads, key_bias=key_bias, compute=compute, rngs=rngs
+        )
+        self.norm2 = layer_norm(width, epsilon=epsilon, compute=compute, rngs=rngs)
+        self.mlp = MLP(width, mlp_dim, compute=compute, rngs=rngs)
+
+    def __call__(self, x_BTD: Array) -> Array:
+        x_BTD = x_BTD + self.attention(self.norm1(x_BTD))
+        return x_BTD + self.mlp(self.norm2(x_BTD))
+
+
+def stack(count: int, make: Callable[[nnx.Rngs], M], *, rngs: nnx.Rngs) -> M:
+    """One module whose parameters hold `count` layers in their leading dim."""
+    return nnx.vmap(make)(rngs.split(count))
+
+
+def scan(
+    body: Callable[[Array, S], tuple[Array, Any]], x: Array, stacked: S, *, compute: Compute
+) -> tuple[Array, Any]:
+    """`jax.lax.scan` of `body` over stacked layers, as `compute` says to run them."""
+    if compute.remat:
+        body = jax.checkpoint(body, prevent_cse=False)
+    return jax.lax.scan(body, x, stacked, unroll=True if compute.unroll else 1)
+
+
+def apply_blocks(
+    blocks: Block, x_BTD: Array, *, compute: Compute, outputs: bool = False
+) -> tuple[Array, Array | None]:
+    """Runs stacked blocks; returns the result and, with `outputs`, each block's output [L,B,T,D]."""
+
+    def body(x_BTD: Array, block: Block) -> tuple[Array, Array | None]:
+        x_BTD = block(x_BTD)
+        return x_BTD, x_BTD if outputs else None
+
+    return scan(body, x_BTD, blocks, compute=compute)

@@ -1,0 +1,120 @@
+"""The training state: built abstract, created sharded, advanced by one compiled step."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from seed_jax import optim, sharding
+from seed_jax.optim import LossScale
+from seed_jax.tasks import Task
+
+Metrics = dict[str, jax.Array]
+TrainStep = Callable[["TrainState", dict[str, jax.Array]], tuple["TrainState", Metrics]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that changes in training, and the frozen weights beside it.
+
+    Attributes:
+      step: int32, updates made so far.
+      params: what the optimizer trains.
+      rest: frozen parameters, and variables that the task updates itself.
+      opt_state: optax's state, for `params` alone.
+      loss_scale: constant 1 unless the precision is float16.
+    """
+
+    step: jax.Array
+    params: nnx.State
+    rest: nnx.State
+    opt_state: Any
+    loss_scale: LossScale
+
+
+def trained_by(task: Task) -> Callable[[tuple, Any], bool]:
+    """The filter of the parameters that `task` trains."""
+    return lambda path, value: isinstance(value, nnx.Param) and task.trains(path)
+
+
+def create(
+    task: Task, config: ConfigDict, mesh: Mesh
+) -> tuple[nnx.GraphDef, TrainState, TrainState, optax.GradientTransformation]:
+    """Builds the task's model and its training state, already sharded over the mesh.
+
+    Returns:
+      The graph definition, the state, its shardings (a state of `NamedSharding`s), the optimizer.
+    """
+    tx = optim.make_optimizer(config.optimizer, config.steps)
+
+    def build() -> nnx.Module:
+        return task.build(rngs=nnx.Rngs(config.seed))
+
+    graphdef = nnx.graphdef(nnx.eval_shape(build))
+
+    def init() -> TrainState:
+        params, rest = nnx.state(build(), trained_by(task), ...)
+        return TrainState(
+            jnp.int32(0), params, rest, tx.init(params), LossScale.start(config.precision)
+        )
+
+    shardings = sharding.tree_shardings(jax.eval_shape(init), mesh)
+    state = jax.jit(init, out_shardings=shardings)()
+    return graphdef, state, shardings, tx
+
+
+def with_model(
+    state: TrainState, model: nnx.Module, task: Task, shardings: TrainState
+) -> TrainState:
+    """`state` with the weights of `model`, placed as `shardings` says."""
+    params, rest = nnx.state(model, trained_by(task), ...)
+    return jax.device_put(dataclasses.replace(state, params=params, rest=rest), shardings)
+
+
+def make_train_step(
+    task: Task,
+    graphdef: nnx.GraphDef,
+    tx: optax.GradientTransformation,
+    config: ConfigDict,
+    shardings: TrainState,
+) -> TrainStep:
+    """The compiled step: (state, batch) -> (state, metrics). The old state's memory is reused."""
+    learning_rate = optim.schedule(config.optimizer, config.steps)
+
+    def train_step(
+        state: TrainState, batch: dict[str, jax.Array]
+    ) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+
+        def scaled_loss(params: nnx.State) -> tuple[jax.Array, tuple[Metrics, Any]]:
+            model = nnx.merge(graphdef, params, state.rest)
+            loss, metrics, aux = task.loss(model, batch, key)
+            return loss * state.loss_scale.value, ({"loss": loss, **metrics}, aux)
+
+        grads, (metrics, aux) = jax.grad(scaled_loss, has_aux=True)(state.params)
+        grads = jax.tree.map(lambda g: g / state.loss_scale.value, grads)
+        grad_norm = optax.global_norm(grads)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+
+        model = nnx.merge(graphdef, params, state.rest)
+        task.after_update(model, aux, key)
+        params, rest = nnx.state(model, trained_by(task), ...)
+        new = TrainState(state.step + 1, params, rest, opt_state, state.loss_scale)
+        metrics |= {"learning_rate": learning_rate(state.step), "grad_norm": grad_norm}
+        if config.precision == "float16":
+            finite = jnp.isfinite(grad_norm)
+            kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+            loss_scale = state.loss_scale.update(finite)
+            new = dataclasses.replace(kept, step=state.step + 1, loss_scale=loss_scale)
+            metrics |= {"loss_scale": loss_scale.value, "skipped": loss_scale.skipped}
+        return new, metrics
+
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))

@@ -1,0 +1,58 @@
+"""A task is one stage of SEED's training: what is built, what trains, and the loss."""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from ml_collections import ConfigDict
+
+from seed_jax.cli import UserError
+from seed_jax.data.text import TextField
+from seed_jax.models.layers import Compute
+
+Batch = dict[str, jax.Array]
+PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+
+
+def compute_of(config: ConfigDict) -> Compute:
+    """How the config says to run a model.
+
+    Raises:
+      UserError: an unknown precision.
+    """
+    if config.precision not in PRECISIONS:
+        raise UserError(
+            f"config.precision is {config.precision!r}; it can be {', '.join(PRECISIONS)}"
+        )
+    return Compute(PRECISIONS[config.precision], remat=config.remat, unroll=config.unroll)
+
+
+class Task(Protocol):
+    """What the training loop asks of a stage. `model` is what `build` made."""
+
+    def __init__(self, config: ConfigDict) -> None: ...
+
+    def build(self, *, rngs: nnx.Rngs) -> nnx.Module:
+        """The module that trains, teachers included; runs under `jax.eval_shape` too."""
+
+    def trains(self, path: tuple) -> bool:
+        """Whether the parameter at this path of the module trains."""
+
+    def text_fields(self) -> dict[str, TextField]:
+        """How captions become ids, by the name they get in a batch."""
+
+    def prepare(self, model: nnx.Module, batches: Any) -> None:
+        """Once, before the first step: loads earlier stages' weights, looks at data if need be."""
+
+    def loss(
+        self, model: nnx.Module, batch: Batch, key: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array], Any]:
+        """The loss, metrics, and what `after_update` wants to know."""
+
+    def after_update(self, model: nnx.Module, aux: Any, key: jax.Array) -> None:
+        """Changes variables of the module in place after the optimizer's update (inside jit)."""
+
+    def save(self, model: nnx.Module, path: Path) -> None:
+        """Writes the model directory that users load."""

@@ -1,0 +1,151 @@
+"""Stage 2: the codebook and the reverse Q-Former, on a frozen stage 1 (section 3.2)."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
+from scipy.cluster.vq import kmeans2
+
+from seed_jax import losses, model_dir
+from seed_jax.cli import UserError
+from seed_jax.data.text import TextField, load_tokenizer
+from seed_jax.models import quantizer, teacher
+from seed_jax.models.teacher import TextTeacher
+from seed_jax.models.tokenizer import EncoderConfig, SeedTokenizer, TokenizerConfig
+from seed_jax.tasks import Batch, causal_qformer, compute_of
+
+KIND = "seed_tokenizer"
+# A code last seen about 1/(1 - decay) batches ago has decayed to a third of its count.
+UNUSED_SHARE = 0.37
+
+
+class RunningCounts(nnx.Variable):
+    """How often each code came up in a batch, as a running mean, float32 [C]."""
+
+
+class TeachedTokenizer(nnx.Module):
+    """The tokenizer beside the text encoder whose states it learns to regress."""
+
+    def __init__(self, tokenizer: SeedTokenizer, text_teacher: TextTeacher):
+        self.tokenizer = tokenizer
+        self.teacher = text_teacher
+        self.counts = RunningCounts(jnp.zeros(tokenizer.config.codebook.size))
+
+
+class Codebook:
+    """Trains everything after the causal embeddings: 5·VQ + 2·cosine + 0.5·MSE to text states."""
+
+    def __init__(self, config: ConfigDict):
+        self.config = config
+        if not config.init:
+            raise UserError(
+                "config.init must name the model directory that stage 1 wrote (WORKDIR/model)"
+            )
+        encoder = model_dir.load_config(config.init, causal_qformer.KIND, EncoderConfig)
+        self.teacher_config = teacher.load_config(config.teacher)
+        sizes = {"generation": {"output_dim": self.teacher_config.hidden_size}}
+        for key, value in config.model.to_dict().items():
+            sizes[key] = {**sizes.get(key, {}), **value} if isinstance(value, dict) else value
+        self.sizes = model_dir.from_dict(
+            TokenizerConfig, {"encoder": encoder, **sizes}, "config.model"
+        )
+        length = self.teacher_config.max_position_embeddings
+        if self.sizes.generation.queries != length:
+            raise UserError(
+                f"config.model.generation.queries is {self.sizes.generation.queries}, but the "
+                f"teacher has {length} text states"
+            )
+        self.text_tokenizer = load_tokenizer(str(Path(config.init) / "text_tokenizer"))
+        folder, subfolder = teacher.locate(config.teacher, "tokenizer")
+        self.prompt_tokenizer = load_tokenizer(folder, subfolder=subfolder)
+
+    def build(self, *, rngs: nnx.Rngs) -> TeachedTokenizer:
+        compute = compute_of(self.config)
+        return TeachedTokenizer(
+            SeedTokenizer(self.sizes, compute=compute, rngs=rngs),
+            TextTeacher(self.teacher_config, compute=compute, rngs=rngs),
+        )
+
+    def trains(self, path: tuple) -> bool:
+        return path[0] == "tokenizer" and path[1] != "encoder"
+
+    def text_fields(self) -> dict[str, TextField]:
+        return {"prompt": TextField(self.prompt_tokenizer, self.sizes.generation.queries)}
+
+    def prepare(self, model: TeachedTokenizer, batches: Iterator[Batch]) -> None:
+        model_dir.load_into(model.tokenizer.encoder, self.config.init, causal_qformer.KIND)
+        model.teacher.load(self.config.teacher)
+        if self.config.codebook_health.kmeans_batches:
+            self._start_at_means(model.tokenizer, batches)
+
+    def _start_at_means(self, tokenizer: SeedTokenizer, batches: Iterator[Batch]) -> None:
+        """Puts the codes at the k-means centres of the vectors that they will quantise."""
+        graphdef, state = nnx.split(tokenizer)
+
+        @jax.jit
+        def code_vectors(state: nnx.State, images: jax.Array) -> jax.Array:
+            tokenizer = nnx.merge(graphdef, state)
+            return tokenizer.code_vectors(tokenizer.causal_embeddings(images))
+
+        count = self.config.codebook_health.kmeans_batches
+        z_BQK = np.concatenate(
+            [np.asarray(code_vectors(state, next(batches)["image"])) for _ in range(count)]
+        )
+        z_NK = z_BQK.reshape(-1, z_BQK.shape[-1])
+        vectors = tokenizer.codebook.vectors
+        if len(z_NK) < len(vectors):
+            raise UserError(
+                f"config.codebook_health.kmeans_batches: {count} batches hold {len(z_NK)} vectors, "
+                f"fewer than the {len(vectors)} codes"
+            )
+        means_CK, _ = kmeans2(z_NK, len(vectors), iter=10, minit="points", rng=self.config.seed)
+        vectors[...] = jax.device_put(means_CK.astype(np.float32), vectors[...].sharding)
+
+    def loss(
+        self, model: TeachedTokenizer, batch: Batch, key: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array], tuple[jax.Array, jax.Array]]:
+        tokenizer, weights = model.tokenizer, self.config.loss
+        causal_BQD = jax.lax.stop_gradient(tokenizer.causal_embeddings(batch["image"]))
+        z_BQK = tokenizer.code_vectors(causal_BQD)
+        st_BQK, e_BQK, codes_BQ = tokenizer.codebook.quantize(z_BQK)
+        x_BQD = tokenizer.dequantize(st_BQK)
+        parts = {
+            "loss_vq": weights.vq * losses.vector_quantization(
+                z_BQK, e_BQK, beta=weights.beta, legacy=weights.legacy_beta
+            ),
+            "loss_reconstruction": weights.reconstruction
+            * losses.cosine_reconstruction(tokenizer.decode_causal(x_BQD), causal_BQD),
+            "loss_generation": weights.generation * losses.mean_squared_error(
+                tokenizer.generation(x_BQD, key=key), model.teacher(batch["prompt"])
+            ),
+        }
+        counts_C = quantizer.usage_counts(codes_BQ, self.sizes.codebook.size)
+        health = quantizer.codebook_health(model.counts[...] + counts_C)
+        metrics = parts | {f"codebook_{name}": value for name, value in health.items()}
+        return sum(parts.values()), metrics, (counts_C, z_BQK)
+
+    def after_update(
+        self, model: TeachedTokenizer, aux: tuple[jax.Array, jax.Array], key: jax.Array
+    ) -> None:
+        counts_C, z_BQK = aux
+        health, vectors = self.config.codebook_health, model.tokenizer.codebook.vectors
+        ema_C = health.decay * model.counts[...] + (1 - health.decay) * counts_C
+        if health.dead_code_threshold:
+            vectors[...], ema_C = quantizer.reset_dead_codes(
+                vectors[...], ema_C, z_BQK.reshape(-1, z_BQK.shape[-1]),
+                threshold=health.dead_code_threshold, key=key,
+            )
+        # Forget a code that did not come up once in about the last 1 / (1 - decay) batches.
+        model.counts[...] = jnp.where(ema_C < UNUSED_SHARE * (1 - health.decay), 0.0, ema_C)
+
+    def save(self, model: TeachedTokenizer, path: Path) -> None:
+        model_dir.save(
+            path, kind=KIND, config=self.sizes, module=model.tokenizer,
+            add_files=lambda folder: self.text_tokenizer.save_pretrained(
+                folder / "text_tokenizer"
+            ),
+        )
