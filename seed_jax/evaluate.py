@@ -3,10 +3,10 @@
 import argparse
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 
 from seed_jax import cli, inference, retrieval
 from seed_jax.data.sources import open_source
@@ -16,28 +16,35 @@ Results = dict[str, Any]
 
 
 def evaluate_retrieval(args: argparse.Namespace) -> Results:
-    """Image-text retrieval, as in Table 1 of the paper.
+    """Image-text retrieval, as in Table 1 of the paper; see `retrieval_results`."""
+    source = open_source(args.data, args.split)
+    return retrieval_results(
+        inference.embed(args.model, source, batch_size=args.batch_size, max_tags=args.max_tags)
+    )
+
+
+def retrieval_results(embedded: inference.Embeddings) -> Results:
+    """The figures of one set of pictures and captions, as fractions between 0 and 1.
 
     Returns:
-      Fractions between 0 and 1. For 'embeddings' (the causal embeddings) and 'codes' (the
-      embeddings that the decoder reconstructs from the codes): recall both ways and their mean;
-      'chance_r10'; the numbers of 'pictures' and 'captions'; for 'codebook' the share of codes that
-      these pictures use and their perplexity. A stage-1 model has no 'codes' and no 'codebook'.
+      For 'embeddings' (the causal embeddings) and 'codes' (the embeddings that the decoder
+      reconstructs from the codes): recall both ways and their mean; 'chance_r10'; the numbers of
+      'pictures' and 'captions'; for 'codebook' the share of the codes that these pictures use and
+      their perplexity. A stage-1 model has no 'codes' and no 'codebook'.
     """
-    source = open_source(args.data, args.split)
-    embedded = inference.embed(
-        args.model, source, batch_size=args.batch_size, max_tags=args.max_tags
-    )
     texts, owner_C = embedded.text_CE, embedded.picture_of_caption_C
     results: Results = {"embeddings": retrieval.retrieval(embedded.image_PE, texts, owner_C)}
-    if embedded.codes is not None:
-        codes = embedded.codes
+    if codes := embedded.codes:
         results["codes"] = retrieval.retrieval(codes.image_PE, texts, owner_C)
-        counts_C = quantizer.usage_counts(jnp.asarray(codes.codes_PQ), codes.codebook_size)
-        health = quantizer.codebook_health(counts_C)
-        results["codebook"] = {name: float(value) for name, value in health.items()}
+        results["codebook"] = codebook_health(codes.codes_PQ, codes.codebook_size)
     results["chance_r10"] = retrieval.chance_recall(owner_C)
     return results | {"pictures": len(embedded.image_PE), "captions": len(texts)}
+
+
+def codebook_health(codes_PQ: np.ndarray, size: int) -> dict[str, float]:
+    """Usage and perplexity of `size` codes over all pictures together."""
+    counts_C = quantizer.usage_counts(jnp.asarray(codes_PQ), size)
+    return {name: float(value) for name, value in quantizer.codebook_health(counts_C).items()}
 
 
 def retrieval_table(results: Results) -> str:
@@ -101,7 +108,10 @@ def main(argv: list[str] | None = None) -> None:
         help="append up to N of a picture's tags to each of its captions (default: captions alone)",
     )
     parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="write the figures here, as JSON"
+        "--output",
+        type=inference.output_file,
+        metavar="FILE",
+        help="write the figures here, as JSON",
     )
     args = parser.parse_args(argv)
 
@@ -109,7 +119,6 @@ def main(argv: list[str] | None = None) -> None:
     results = suite.evaluate(args)
     print(suite.table(results))
     if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(results, indent=2) + "\n")
 
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from seed_jax import model_dir, sharding
 from seed_jax.cli import UserError
 from seed_jax.data import pipeline
-from seed_jax.data.sources import Source
+from seed_jax.data.sources import Record, Source
 from seed_jax.data.text import TextField, choose_caption, load_tokenizer
 from seed_jax.models.layers import Array, Compute
 from seed_jax.models.tokenizer import CausalEncoder, EncoderConfig, SeedTokenizer
@@ -98,12 +98,12 @@ def embed(
     images = _embed_images(runner, config, source, batch_size)
     index_P = images.pop("index")
 
-    captions, picture_of_caption = [], []
+    captions: list[str] = []
+    picture_of_caption: list[int] = []
     for row, index in enumerate(index_P):
-        record = source[int(index)]
-        for caption in record["captions"]:
-            captions.append(choose_caption({**record, "captions": [caption]}, None, max_tags))
-            picture_of_caption.append(row)
+        own = captions_of(source[int(index)], max_tags)
+        captions += own
+        picture_of_caption += [row] * len(own)
     field = TextField(load_tokenizer(str(Path(path) / "text_tokenizer")), config.text_length)
     text_CE = _embed_texts(runner, field, captions, batch_size)
 
@@ -113,6 +113,14 @@ def embed(
     return Embeddings(
         index_P, images["features"], captions, text_CE, np.array(picture_of_caption), codes
     )
+
+
+def captions_of(record: Record, max_tags: int) -> list[str]:
+    """All captions of a picture, each with up to `max_tags` of its tags behind it."""
+    return [
+        choose_caption({**record, "captions": [caption]}, None, max_tags)
+        for caption in record["captions"]
+    ]
 
 
 def _load(path: str | Path) -> tuple[CausalEncoder | SeedTokenizer, EncoderConfig]:
@@ -187,6 +195,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-size", type=_positive, default=64, metavar="N", help="pictures at a time (64)"
     )
+
+
+def output_file(text: str) -> Path:
+    """The type of an argument that names a file to write: a mistake in it shows before the work."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is a folder; name a file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def _positive(text: str) -> int:

@@ -63,10 +63,10 @@ def vector_quantization(
 
 def cosine_reconstruction(prediction_BQD: Array, target_BQD: Array) -> Array:
     """Mean of 1 - cosine over positions; no gradient to the target (SEED section 3.2)."""
+    prediction_BQD = prediction_BQD.astype(jnp.float32)
     target_BQD = jax.lax.stop_gradient(target_BQD.astype(jnp.float32))
-    return jnp.mean(
-        1 - optax.losses.cosine_similarity(prediction_BQD.astype(jnp.float32), target_BQD, epsilon=1e-8)
-    )
+    cosine_BQ = optax.losses.cosine_similarity(prediction_BQD, target_BQD, epsilon=1e-8)
+    return jnp.mean(1 - cosine_BQ)
 
 
 def mean_squared_error(prediction: Array, target: Array) -> Array:

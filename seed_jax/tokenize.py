@@ -125,7 +125,6 @@ def tokenize(args: argparse.Namespace) -> None:
     """
     model_hash = model_dir.describe(args.model)["content_hash"][:HASH_DIGITS]
     source = open_pictures(args.images, args.split)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     done = written_already(args.output, model_hash)
     missing = [i for i in range(len(source)) if source.name(i) not in done] if done else None
     if missing == []:
@@ -195,7 +194,13 @@ def main(argv: list[str] | None = None) -> None:
         help="a folder of pictures, one picture, a .txt file with a path a line (relative to that "
         "file), a .array_record file or a folder of them, or 'embedded' for the packaged pictures",
     )
-    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="codes.jsonl")
+    parser.add_argument(
+        "--output",
+        required=True,
+        type=inference.output_file,
+        metavar="FILE",
+        help="where the lines go, such as codes.jsonl",
+    )
     parser.add_argument(
         "--max-unreadable",
         type=float,

@@ -176,10 +176,25 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "A recipe, such as con
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and the model go.")
 
 
+def parse_flags(argv: list[str]) -> list[str]:
+    """absl's flag parser with the config's mistakes told in one line.
+
+    Raises:
+      UserError: an unknown flag or config key, a value of the wrong type, no such config file.
+    """
+    try:
+        rest = flags.FLAGS(argv)
+        if isinstance(_CONFIG.value, ConfigDict) and _WORKDIR.value and not rest[1:]:
+            return rest
+    except (flags.Error, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(" ".join(str(error).replace('\\n', ' ').split())) from None
+    usage = "python -m seed_jax.train --config configs/NAME.py --workdir DIR [--config.key=value ...]"
+    raise UserError(f"usage: {usage}; --help says more")
+
+
 def main(_: list[str]) -> None:
-    cli.run(lambda: train(_CONFIG.value, Path(_WORKDIR.value)))
+    train(_CONFIG.value, Path(_WORKDIR.value))
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    cli.run(lambda: app.run(main, flags_parser=parse_flags))

@@ -9,10 +9,9 @@ import pytest
 from PIL import Image
 from tiny import CODES, SIDE, save_tokenizer, text_tokenizer, write_pictures
 
-from seed_jax import retrieval
+from seed_jax import SeedTokenizer, retrieval
 from seed_jax.cli import UserError
 from seed_jax.evaluate import main
-from seed_jax.models.tokenizer import SeedTokenizer
 
 
 def test_ranks_against_a_full_sort():

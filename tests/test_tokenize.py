@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 from tiny import QUERIES, SIDE, save_tokenizer, write_pictures
 
+from seed_jax import SeedTokenizer
 from seed_jax.cli import UserError
-from seed_jax.models.tokenizer import SeedTokenizer
 from seed_jax.tokenize import main
 
 PICTURES = 13

@@ -21,7 +21,7 @@ from seed_jax.models.tokenizer import (
 )
 from seed_jax.models.vit import ViTConfig
 
-QUERIES, CODES, SIDE = 4, 16, 16
+QUERIES, CODES, SIDE = 8, 16, 16
 COLOURS = ["red", "green", "blue", "yellow", "grey", "brown", "pink", "black"]
 THINGS = ["cat", "dog", "tree", "house", "boat"]
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", ",", "a", "one", "more", *COLOURS, *THINGS]

@@ -147,7 +147,7 @@ def load(
     graphdef, params = nnx.split(module)
     flat = flat_params(params)
     check(weights, table, params, source=source, resize_positions=resize_positions)
-    loaded = {}
+    loaded: dict[str, jax.Array] = {}
     for row in table.rows:
         arrays = {path: _aligned(flat[path].shape, flat[path].dtype) for path in row.ours}
         for layer, key in enumerate(row.torch_keys()):

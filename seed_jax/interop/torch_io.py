@@ -5,6 +5,7 @@ import pickle
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +70,11 @@ def _read_file(path: Path) -> dict[str, StoredTensor]:
 
 def _read_safetensors(path: Path) -> dict[str, StoredTensor]:
     try:
-        file = safetensors.safe_open(path, framework="np")
+        # Read, not mapped: mapped pages would count as ours and stay.
+        file = safetensors.safe_open(path, framework="np", backend="pread")
         return {
             key: StoredTensor(
-                path, tuple(file.get_slice(key).get_shape()), lambda key=key: file.get_tensor(key)
+                path, tuple(file.get_slice(key).get_shape()), partial(file.get_tensor, key)
             )
             for key in file.keys()  # noqa: SIM118  # not a dict: it has no other way to iterate
         }
@@ -119,7 +121,7 @@ def _read_torch(path: Path) -> dict[str, StoredTensor]:
         return tensor.numpy()
 
     return {
-        key: StoredTensor(path, tuple(value.shape), lambda value=value: numpy(value))
+        key: StoredTensor(path, tuple(value.shape), partial(numpy, value))
         for key, value in loaded.items()
     }
 

@@ -100,7 +100,7 @@ class CausalEncoder(nnx.Module):
             if dim else None
             for _ in range(2)
         )
-        self.temperature = nnx.Param(jnp.array(0.07), axes=()) if dim else None
+        self.temperature = nnx.Param(jnp.float32(0.07), axes=()) if dim else None
         self.config = config
 
     def image_states(self, images: Array) -> Array:

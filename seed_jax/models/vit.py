@@ -1,6 +1,6 @@
 """The EVA-CLIP vision transformer that SEED sees through (as in BLIP-2, without its last block).
 
-Shapes: B batch, P patch side, G patches a side, T = 1 + G² tokens, D width.
+Shapes: B batch, S image side, P patch side, G patches a side, T = 1 + G² tokens, D width.
 """
 
 import dataclasses
@@ -60,10 +60,14 @@ class ViT(nnx.Module):
         self.compute = compute
 
     def embed_patches(self, images: Array) -> Array:
-        """Images [B, G·P, G·P, 3] to patch embeddings [B, G², D], row by row."""
-        side, patch = self.config.image_size // self.config.patch_size, self.config.patch_size
-        batch = images.shape[0]
-        # Patches do not overlap, so the original's convolution is one matmul.
+        """Images [B, S, S, 3] to patch embeddings [B, G², D], row by row."""
+        size, patch = self.config.image_size, self.config.patch_size
+        batch, side = images.shape[0], size // patch
+        if images.shape[1:] != (size, size, 3):
+            raise ValueError(f"images are {images.shape[1:]}; this model sees {(size, size, 3)}")
+        # Patches do not overlap, so the original's convolution is one matmul. Like it, it leaves
+        # out a border narrower than a patch.
+        images = images[:, : side * patch, : side * patch]
         patches = images.reshape(batch, side, patch, side, patch, 3)
         patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(batch, side * side, -1)
         return self.patch_embed(patches)

@@ -31,6 +31,11 @@ class CausalQFormer:
                 "is off"
             )
         self.tokenizer = load_tokenizer(config.tokenizer or None)
+        if len(self.tokenizer) > self.sizes.qformer.vocab_size:
+            raise UserError(
+                f"config.model.qformer.vocab_size is {self.sizes.qformer.vocab_size}, but the tokenizer "
+                f"{config.tokenizer or 'packaged here'} has {len(self.tokenizer)} tokens"
+            )
 
     def build(self, *, rngs: nnx.Rngs) -> CausalEncoder:
         return CausalEncoder(self.sizes, compute=compute_of(self.config), rngs=rngs)

@@ -51,7 +51,7 @@ class Clip(nnx.Module):
             )
             for w in (width, config.hidden_size)
         )
-        self.temperature = nnx.Param(jnp.array(0.07), axes=())
+        self.temperature = nnx.Param(jnp.float32(0.07), axes=())
 
     def image_features(self, images: Array) -> Array:
         """uint8 pixels [B, S, S, 3] to float32 [B, E]."""

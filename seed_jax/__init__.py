@@ -1,0 +1,5 @@
+"""SEED, the image tokenizer that lets a language model see and draw (arXiv 2307.08041), in JAX."""
+
+from seed_jax.models.tokenizer import SeedTokenizer
+
+__all__ = ["SeedTokenizer"]

@@ -1,0 +1,266 @@
+"""The quickstart's last step: evaluates its tokenizer on held-out pictures and draws the results.
+
+    python -m seed_jax.report --run OUT
+
+reads OUT/causal_qformer and OUT/codebook (workdirs of the two stages) and OUT/tokenizer, and writes
+OUT/summary.json, OUT/curves.png, OUT/pictures.png and OUT/some_folder.
+"""
+
+import argparse
+import io
+import json
+import textwrap
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.gridspec import GridSpec, GridSpecFromSubplotSpec
+from PIL import Image
+
+from seed_jax import cli, evaluate, inference
+from seed_jax.cli import UserError
+from seed_jax.data.sources import CAPTIONS_FILE, Record, Source, open_source
+from seed_jax.data.transforms import decode
+from seed_jax.inference import Embeddings
+
+SPLITS = {
+    "style": "Held-out drawings of things seen in training",
+    "concept": "Things never seen in training",
+}
+# Workdir of a stage -> its row of panels: title -> the metrics drawn in it.
+PANELS = {
+    "causal_qformer": {
+        "Stage 1: contrastive loss": ["loss"],
+        "Share of a batch that finds its partner": ["i2t_accuracy", "t2i_accuracy"],
+        "Learning rate": ["learning_rate"],
+    },
+    "codebook": {
+        "Stage 2: loss and its parts": [
+            "loss",
+            "loss_vq",
+            "loss_reconstruction",
+            "loss_generation",
+        ],
+        "Share of the codes in use": ["codebook_usage"],
+        "Codebook perplexity": ["codebook_perplexity"],
+    },
+}
+CARDS_PER_SPLIT = 6
+SHOWN_CAPTIONS = 3
+CAPTION_WIDTH = 54
+CODE_COLUMNS = 8
+CARD_INCHES, HEAD_INCHES = 1.9, 0.7
+SHEET_GAPS = {"left": 0.01, "right": 0.99, "bottom": 0.01, "hspace": 0.15, "wspace": 0.03}
+RIGHT, DIM = "#1a7f37", "#57606a"
+
+
+class Card(NamedTuple):
+    """A picture on the sheet.
+
+    Attributes:
+      codes_Q: its visual codes.
+      found: the captions nearest to it, best first, by what they were searched with.
+    """
+
+    picture: np.ndarray
+    caption: str
+    codes_Q: np.ndarray
+    found: dict[str, list[str]]
+
+
+def draw_curves(run: Path, output: Path) -> None:
+    """Draws what both stages wrote to their metrics.jsonl.
+
+    Raises:
+      UserError: a stage's metrics.jsonl is missing.
+    """
+    columns = max(map(len, PANELS.values()))
+    figure = Figure(figsize=(5 * columns, 3.4 * len(PANELS)), layout="constrained")
+    axes = figure.subplots(len(PANELS), columns)
+    for row, (stage, panels) in zip(axes, PANELS.items(), strict=True):
+        metrics = read_metrics(run / stage / "metrics.jsonl")
+        for axis, (title, names) in zip(row, panels.items(), strict=True):
+            for name in names:
+                axis.plot(metrics["step"], metrics[name], label=name, linewidth=1.5)
+            axis.set_title(title, fontsize=11, loc="left")
+            axis.set_xlabel("step")
+            axis.set_ylim(bottom=0)
+            axis.grid(alpha=0.3)
+            axis.spines[["top", "right"]].set_visible(False)
+            if len(names) > 1:
+                axis.legend(frameon=False, fontsize=9)
+    figure.savefig(output, dpi=110)
+
+
+def read_metrics(path: Path) -> dict[str, list[float]]:
+    """The columns of a metrics.jsonl."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing; run this stage first, as launch/quickstart.sh does")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def make_cards(source: Source, embedded: Embeddings, count: int) -> list[Card]:
+    """Cards of `count` pictures spread evenly over a source."""
+    assert embedded.codes is not None
+    cards = []
+    for row in np.linspace(0, len(embedded.index_P) - 1, count).astype(int):
+        found = {}
+        for name, image_PE in (
+            ("embeddings", embedded.image_PE),
+            ("codes", embedded.codes.image_PE),
+        ):
+            order_C = np.argsort(-(embedded.text_CE @ image_PE[row]), kind="stable")
+            found[name] = [embedded.captions[i] for i in order_C[:SHOWN_CAPTIONS]]
+        own = int(np.argmax(embedded.picture_of_caption_C == row))
+        picture = np.asarray(decode(source[int(embedded.index_P[row])]["image"]))
+        cards.append(Card(picture, embedded.captions[own], embedded.codes.codes_PQ[row], found))
+    return cards
+
+
+def draw_sheet(cards: dict[str, list[Card]], codebook_size: int, output: Path) -> None:
+    """Draws a column of cards under each title."""
+    rows = max(map(len, cards.values()))
+    height = CARD_INCHES * rows + HEAD_INCHES
+    figure = Figure(figsize=(9 * len(cards), height))
+    grid = GridSpec(rows, len(cards), figure=figure, top=1 - HEAD_INCHES / height, **SHEET_GAPS)
+    for column, (title, column_cards) in enumerate(cards.items()):
+        for row, card in enumerate(column_cards):
+            cell = GridSpecFromSubplotSpec(
+                1, 3, grid[row, column], width_ratios=[1, 1.6, 2.6], wspace=0.05
+            )
+            picture, codes, text = (figure.add_subplot(cell[i]) for i in range(3))
+            _draw_card(card, picture, codes, text)
+        left = grid[0, column].get_position(figure).x0
+        figure.text(left, 1 - 0.25 / height, title, fontsize=14, fontweight="bold", va="center")
+        legend = f"picture, codes (of {codebook_size}), caption, and the captions found for it"
+        figure.text(left, 1 - 0.5 / height, legend, fontsize=10, color=DIM, va="center")
+    figure.savefig(output, dpi=100, facecolor="white")
+
+
+def _draw_card(card: Card, picture: Axes, codes: Axes, text: Axes) -> None:
+    for axis in (picture, codes, text):
+        axis.set_axis_off()
+    picture.imshow(card.picture, interpolation="lanczos")
+
+    codes_RC = card.codes_Q.reshape(-1, CODE_COLUMNS)
+    # Golden-ratio steps: neighbouring codes have nothing in common, so they get distant colours.
+    hue_RC = codes_RC * 0.618034 % 1.0
+    codes.imshow(matplotlib.colormaps["hsv"](hue_RC), alpha=0.35, aspect="auto")
+    for (i, j), code in np.ndenumerate(codes_RC):
+        codes.text(j, i, str(code), ha="center", va="center", fontsize=8)
+
+    lines: list[tuple[str, dict[str, Any]]] = [(_short(card.caption), {"fontweight": "bold"})]
+    for name, captions in card.found.items():
+        lines.append((f"nearest captions, by {name}:", {"color": DIM}))
+        for caption in captions:
+            right = caption == card.caption
+            mark, colour = ("✓", RIGHT) if right else ("·", "black")
+            lines.append((f"{mark} {_short(caption)}", {"color": colour}))
+    for i, (line, style) in enumerate(lines):
+        y = 1 - i / len(lines)
+        text.text(0, y, line, fontsize=9.5, va="top", transform=text.transAxes, **style)
+
+
+def _short(caption: str) -> str:
+    return textwrap.shorten(caption, CAPTION_WIDTH, placeholder=" …")
+
+
+def write_folder(source: Source, folder: Path, max_tags: int) -> None:
+    """Writes a source as people keep pictures: files, and captions.jsonl beside them."""
+    lines = []
+    for index in range(len(source)):
+        record = source[index]
+        name = record["id"] + picture_suffix(record)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(record["image"])
+        lines.append({"image": name, "captions": inference.captions_of(record, max_tags)})
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / CAPTIONS_FILE).write_text(text)
+
+
+def picture_suffix(record: Record) -> str:
+    """The file suffix that fits a record's picture, such as '.webp'."""
+    with Image.open(io.BytesIO(record["image"])) as picture:
+        return f".{str(picture.format).lower()}"
+
+
+def report(run: Path, *, data: str, max_tags: int, started: float) -> None:
+    """Evaluates, draws, and tells the user what there is to see; `started` is a time in seconds."""
+    draw_curves(run, run / "curves.png")
+    model = run / "tokenizer"
+    results, cards, codes, size = {}, {}, [], 0
+    for split, title in SPLITS.items():
+        source = open_source(data, split)
+        embedded = inference.embed(model, source, max_tags=max_tags)
+        if embedded.codes is None:
+            raise UserError(f"{model} holds a model of stage 1; copy stage 2's there")
+        codes.append(embedded.codes.codes_PQ)
+        size = embedded.codes.codebook_size
+        results[split] = evaluate.retrieval_results(embedded)
+        cards[title] = make_cards(source, embedded, CARDS_PER_SPLIT)
+    draw_sheet(cards, size, run / "pictures.png")
+    write_folder(open_source(data, "style"), run / "some_folder", max_tags)
+    summary = {
+        "retrieval": results,
+        "codebook": evaluate.codebook_health(np.concatenate(codes), size),
+        "seconds": round(time.time() - started, 1),
+    }
+    (run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    print(story(run, summary))
+
+
+def story(run: Path, summary: dict[str, Any]) -> str:
+    """What happened and what to open, for the terminal."""
+    lines = []
+    for split, title in SPLITS.items():
+        table = evaluate.retrieval_table(summary["retrieval"][split])
+        lines += [f"\n{title} (split {split!r})", textwrap.indent(table, "  ")]
+    minutes, seconds = divmod(round(summary["seconds"]), 60)
+    health = summary["codebook"]
+    lines.append(
+        f"""
+Trained and evaluated a tokenizer in {minutes} min {seconds} s. The held-out pictures use
+{100 * health["usage"]:.1f} % of its codes (perplexity {health["perplexity"]:.1f}).
+
+Open
+  {run}/pictures.png   held-out pictures, their codes, and the captions found for them
+  {run}/curves.png     how both stages learned
+  {run}/summary.json   the figures above
+  {run}/codes.jsonl    the codes of all held-out pictures
+
+Try
+  .venv/bin/python -m seed_jax.tokenize --model {run}/tokenizer --images {run}/some_folder \\
+      --output codes.jsonl
+  .venv/bin/python -m seed_jax.evaluate --model {run}/tokenizer --suite retrieval \\
+      --data {run}/some_folder"""
+    )
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m seed_jax.report", description=__doc__)
+    parser.add_argument(
+        "--run", required=True, type=Path, metavar="OUT", help="the quickstart's folder"
+    )
+    parser.add_argument("--data", default="embedded", metavar="PATH", help="as for evaluate")
+    parser.add_argument(
+        "--max-tags", type=int, default=0, metavar="N", help="as for evaluate (default: 0)"
+    )
+    parser.add_argument(
+        "--started",
+        type=float,
+        default=time.time(),
+        metavar="SECONDS",
+        help="when the run began, in seconds since 1970 (default: now)",
+    )
+    args = parser.parse_args(argv)
+    report(args.run, data=args.data, max_tags=args.max_tags, started=args.started)
+
+
+if __name__ == "__main__":
+    cli.run(main)

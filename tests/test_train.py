@@ -1,0 +1,184 @@
+"""The training loop: both stages end to end, resuming, one compile, and users' mistakes."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from configs import tiny_causal_qformer, tiny_codebook, tiny_text_encoder
+from seed_jax import SeedTokenizer
+from seed_jax.cli import UserError
+from seed_jax.metrics import MetricsWriter
+from seed_jax.models import teacher
+from seed_jax.train import train
+
+ROOT = Path(__file__).parents[1]
+
+
+def small(config: ConfigDict, **changes) -> ConfigDict:
+    """A recipe cut down to seconds: smaller model, 16 pictures a step."""
+    config.unlock()
+    config.update(steps=4, batch_size=16, image_size=32, log_every=1, checkpoint_every=3)
+    config.unroll = False
+    config.data.cache = False
+    if "vit" in config.model:
+        config.model.vit.update(image_size=32, patch_size=16, width=32, depth=2, mlp_dim=64)
+    if "qformer" in config.model:
+        config.model.qformer.update(width=32, depth=2, mlp_dim=64, encoder_width=32)
+    config.update_from_flattened_dict(changes)
+    return config.lock()
+
+
+def losses(workdir: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").open()]
+
+
+@pytest.fixture(scope="module")
+def stage1(tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp("stage1")
+    train(small(tiny_causal_qformer.get_config()), workdir)
+    return workdir
+
+
+def compiles_of(caplog, function: str) -> int:
+    return sum(f"Compiling jit({function})" in record.message for record in caplog.records)
+
+
+def test_both_stages_and_the_tokenizer_they_make(stage1, tmp_path, caplog):
+    first = np.array(losses(stage1))
+    assert np.isfinite(first).all()
+    assert len(first) == 4
+
+    config = small(tiny_codebook.get_config(), init=str(stage1 / "model"), steps=5)
+    config.codebook_health.update(kmeans_batches=1, dead_code_threshold=0.05)
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        train(config, tmp_path)
+    assert compiles_of(caplog, "train_step") == 1
+
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    for row in rows:
+        parts = row["loss_vq"] + row["loss_reconstruction"] + row["loss_generation"]
+        assert row["loss"] == pytest.approx(parts, rel=1e-5)
+        assert 0 < row["codebook_usage"] <= 1
+        assert row["codebook_perplexity"] >= 1
+    assert any((tmp_path / "tensorboard").iterdir())
+
+    tokenizer = SeedTokenizer.from_pretrained(tmp_path / "model")
+    codes = tokenizer.encode(jnp.zeros((2, 32, 32, 3), jnp.uint8))
+    assert codes.shape == (2, 32)
+    assert codes.max() < tokenizer.config.codebook.size
+
+
+def test_a_run_killed_in_the_middle_goes_on_bitwise(tmp_path):
+    config = small(tiny_causal_qformer.get_config(), steps=7)
+    train(config, tmp_path / "whole")
+
+    class Killed(Exception):
+        pass
+
+    class Bomb(MetricsWriter):
+        def write(self, step, metrics):
+            if step == 5:
+                raise Killed
+            super().write(step, metrics)
+
+    broken = tmp_path / "broken"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("seed_jax.train.MetricsWriter", Bomb)
+        with pytest.raises(Killed):
+            train(config, broken)
+    train(config, broken)
+    assert losses(broken) == losses(tmp_path / "whole")
+
+
+def test_a_longer_run_starts_where_a_shorter_one_ended(stage1):
+    before = len(losses(stage1))
+    train(small(tiny_causal_qformer.get_config(), steps=before + 2), stage1)
+    rows = [json.loads(line)["step"] for line in (stage1 / "metrics.jsonl").open()]
+    assert rows == list(range(1, before + 3))
+
+
+def test_the_text_encoder_that_is_packaged_can_be_trained_again(tmp_path):
+    train(small(tiny_text_encoder.get_config()), tmp_path)
+    assert teacher.load_config(str(tmp_path / "model")).hidden_size == 64
+    assert np.isfinite(losses(tmp_path)).all()
+
+
+def test_another_config_in_the_same_workdir_is_refused(stage1):
+    config = small(tiny_causal_qformer.get_config(), seed=1)
+    with pytest.raises(UserError, match=r"another config .differs in seed."):
+        train(config, stage1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task": "codebok"}, "the stages are causal_qformer, codebook"),
+        ({"batch_size": 12}, "can't be split over the mesh's 8 data shards"),
+        ({"mesh.tensor": 3}, "does not fit 8 devices"),
+        ({"precision": "float8"}, "it can be float32, bfloat16, float16"),
+        ({"train_vit": False}, "config.init must name a model directory"),
+        ({"data.split": "nowhere"}, "its splits: concept, style, train"),
+        ({"data.path": "nowhere"}, "no such file or folder"),
+        ({"model.qformer.vocab_size": 100}, "vocab_size"),
+    ],
+)
+def test_mistakes_cost_one_line(tmp_path, changes, message):
+    config = small(tiny_causal_qformer.get_config(), **changes)
+    with pytest.raises(UserError, match=message):
+        train(config, tmp_path / "w")
+
+
+def run_cli(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "seed_jax.train", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def test_an_unknown_key_names_what_exists(tmp_path):
+    done = run_cli(
+        "--config=configs/tiny_causal_qformer.py", f"--workdir={tmp_path}", "--config.optimzer.b1=1"
+    )
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "optimzer" in done.stderr
+    assert "optimizer" in done.stderr
+
+
+def test_a_config_that_is_not_there(tmp_path):
+    done = run_cli("--config=configs/nowhere.py", f"--workdir={tmp_path}")
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "configs/nowhere.py" in done.stderr
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
+    arguments = [
+        "--config=configs/tiny_causal_qformer.py", f"--workdir={tmp_path}",
+        "--config.batch_size=8", "--config.steps=100000", "--config.log_every=1",
+        "--config.model.vit.depth=1", "--config.model.qformer.depth=1",
+    ]
+    command = [sys.executable, "-m", "seed_jax.train", *arguments]
+    environment = {**os.environ, "XLA_FLAGS": ""}
+    run = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    metrics = tmp_path / "metrics.jsonl"
+    while run.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > 2):
+        time.sleep(0.2)
+    run.send_signal(signal.SIGINT)
+    out, _ = run.communicate(timeout=120)
+    assert run.returncode == 128 + signal.SIGINT
+    assert "saved" in out
+    stopped = max(json.loads(line)["step"] for line in metrics.open())
+    assert [int(p.name) for p in (tmp_path / "checkpoints").iterdir()] == [stopped]
