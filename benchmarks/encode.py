@@ -10,6 +10,8 @@ import argparse
 import json
 import resource
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,15 +45,20 @@ def main() -> None:
         began = time.perf_counter()
         compiled = encode.lower(state, images).compile()
         compile_seconds = time.perf_counter() - began
-        seconds = [timed(lambda: compiled(state, images)) for _ in range(args.repeats)]
-        print(json.dumps({
-            "batch": batch,
-            "dtype": args.dtype,
-            "seconds": round(min(seconds), 2),
-            "pictures_per_second": round(batch / min(seconds), 3),
-            "compile_seconds": round(compile_seconds, 1),
-            "peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
-        }), flush=True)
+        seconds = [timed(compiled, state, images) for _ in range(args.repeats)]
+        print(
+            json.dumps(
+                {
+                    "batch": batch,
+                    "dtype": args.dtype,
+                    "seconds": round(min(seconds), 2),
+                    "pictures_per_second": round(batch / min(seconds), 3),
+                    "compile_seconds": round(compile_seconds, 1),
+                    "peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
+                }
+            ),
+            flush=True,
+        )
 
 
 def build(compute: Compute) -> tuple[nnx.GraphDef, nnx.State]:
@@ -68,9 +75,9 @@ def build(compute: Compute) -> tuple[nnx.GraphDef, nnx.State]:
     return graphdef, jax.tree.map(lambda a: noise(a.shape), state)
 
 
-def timed(run: object) -> float:
+def timed(run: Callable[..., jax.Array], *arguments: Any) -> float:
     began = time.perf_counter()
-    jax.block_until_ready(run())
+    jax.block_until_ready(run(*arguments))
     return time.perf_counter() - began
 
 
@@ -79,7 +86,7 @@ def matmul_gflops(side: int = 2048) -> float:
     a = jnp.ones((side, side))
     matmul = jax.jit(lambda a: a @ a)
     jax.block_until_ready(matmul(a))
-    return 2 * side**3 / min(timed(lambda: matmul(a)) for _ in range(5)) / 1e9
+    return 2 * side**3 / min(timed(matmul, a) for _ in range(5)) / 1e9
 
 
 if __name__ == "__main__":

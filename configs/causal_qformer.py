@@ -3,9 +3,10 @@
     python -m seed_jax.train --config configs/causal_qformer.py --workdir runs/causal_qformer \
         --config.data.path=SHARDS --config.init=MODEL_DIR
 
-Hardware: 64 V100. Data: 5M image-text pairs (CC3M, Unsplash, COCO). SHARDS is a folder of ArrayRecord
-shards or of pictures with captions; MODEL_DIR a causal encoder with BLIP-2's stage-1 weights. The
-paper gives neither batch size nor learning rate; those here are of the follow-up's published code.
+Hardware: 64 V100. Data: 5M image-text pairs (CC3M, Unsplash, COCO). SHARDS is a folder of
+ArrayRecord shards or of pictures with captions; MODEL_DIR a causal encoder with BLIP-2's stage-1
+weights. The paper gives neither batch size nor learning rate; those here are of the
+follow-up's published code.
 """
 
 from ml_collections import ConfigDict
@@ -21,50 +22,73 @@ def get_config() -> ConfigDict:
     config.precision = "float16"  # float32, bfloat16 or float16; V100s have no bfloat16
     config.remat = True  # recompute layers in the backward pass to save memory
     config.unroll = False  # unroll the loop over layers; worth it for small models on a CPU
-    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # devices an axis; -1 takes the rest
+    config.mesh = ConfigDict(
+        {"data": -1, "fsdp": 1, "tensor": 1}
+    )  # devices an axis; -1 takes the rest
     config.init = ""  # model directory to start from; needed unless the ViT trains
     config.train_vit = False  # the paper keeps the ViT frozen
     config.tokenizer = "bert-base-uncased"  # hub name or folder; "" is the packaged small one
 
     config.model = ConfigDict()
-    config.model.vit = ConfigDict({
-        "image_size": 224, "patch_size": 14, "width": 1408, "depth": 39, "heads": 16, "mlp_dim": 6144,
-    })
-    config.model.qformer = ConfigDict({
-        "queries": 32, "width": 768, "depth": 12, "heads": 12, "mlp_dim": 3072, "encoder_width": 1408,
-        "cross_attention_every": 2, "dropout": 0.1,
-        "vocab_size": 30_523,  # BERT's, and the [DEC] token that BLIP-2 added
-        "max_positions": 512,
-    })
+    config.model.vit = ConfigDict(
+        {
+            "image_size": 224,
+            "patch_size": 14,
+            "width": 1408,
+            "depth": 39,
+            "heads": 16,
+            "mlp_dim": 6144,
+        }
+    )
+    config.model.qformer = ConfigDict(
+        {
+            "queries": 32,
+            "width": 768,
+            "depth": 12,
+            "heads": 12,
+            "mlp_dim": 3072,
+            "encoder_width": 1408,
+            "cross_attention_every": 2,
+            "dropout": 0.1,
+            "vocab_size": 30_523,  # BERT's, and the [DEC] token that BLIP-2 added
+            "max_positions": 512,
+        }
+    )
     config.model.contrastive_dim = 256  # width of the space pictures and captions share
     config.model.text_length = 32  # tokens a caption is cut to
 
-    config.loss = ConfigDict({
-        "label_smoothing": 0.1,
-        "min_temperature": 0.0,  # floor of the learned temperature; 0 leaves it free, as published
-    })
+    config.loss = ConfigDict(
+        {
+            "label_smoothing": 0.1,
+            "min_temperature": 0.0,  # of the learned temperature; 0 leaves it free, as published
+        }
+    )
 
-    config.optimizer = ConfigDict({
-        "learning_rate": 3e-5,
-        "warmup_from": 3e-7,
-        "final_learning_rate": 3e-6,
-        "warmup_steps": 2000,
-        "weight_decay": 0.05,
-        "b1": 0.9,
-        "b2": 0.999,
-        "clip_norm": 0.0,  # 0 clips nothing
-    })
+    config.optimizer = ConfigDict(
+        {
+            "learning_rate": 3e-5,
+            "warmup_from": 3e-7,
+            "final_learning_rate": 3e-6,
+            "warmup_steps": 2000,
+            "weight_decay": 0.05,
+            "b1": 0.9,
+            "b2": 0.999,
+            "clip_norm": 0.0,  # 0 clips nothing
+        }
+    )
 
-    config.data = ConfigDict({
-        "path": "",  # folder of pictures with captions, ArrayRecord file or folder, or "embedded"
-        "split": "",  # records whose "split" field says so; "" takes all
-        "cache": False,  # keep decoded pictures in memory
-        "workers": 8,  # processes that read ahead; 0 reads in this one
-        "max_tags": 0,  # tags drawn onto a caption, for sets that have tags
-        "crop_scale": (0.5, 1.0),  # share of the picture that a random crop covers
-        "flip": True,  # mirror half of the pictures
-        "max_unreadable": 0.01,  # share of pictures that may be unreadable before the run stops
-    })
+    config.data = ConfigDict(
+        {
+            "path": "",  # folder of pictures with captions, ArrayRecord shards, or "embedded"
+            "split": "",  # records whose "split" field says so; "" takes all
+            "cache": False,  # keep decoded pictures in memory
+            "workers": 8,  # processes that read ahead; 0 reads in this one
+            "max_tags": 0,  # tags drawn onto a caption, for sets that have tags
+            "crop_scale": (0.5, 1.0),  # share of the picture that a random crop covers
+            "flip": True,  # mirror half of the pictures
+            "max_unreadable": 0.01,  # share of pictures that may be unreadable before the run stops
+        }
+    )
 
     config.log_every = 50  # steps between lines of metrics
     config.checkpoint_every = 500

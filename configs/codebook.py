@@ -21,33 +21,41 @@ def get_config() -> ConfigDict:
     del config.train_vit, config.tokenizer  # stage 1 is frozen and brings its tokenizer
 
     config.model = ConfigDict()  # the encoder's sizes come with config.init
-    config.model.codebook = ConfigDict({
-        "size": 8192,
-        "dim": 32,
-        "rotation_trick": False,  # gradient by rotation (arXiv 2410.06424), not straight through
-    })
+    config.model.codebook = ConfigDict(
+        {
+            "size": 8192,
+            "dim": 32,
+            "rotation_trick": False,  # gradient by rotation (arXiv 2410.06424)
+        }
+    )
     config.model.decoder_heads = 12
     config.model.decoder_depth = 4
     config.model.reconstruction = True
-    config.model.generation = ConfigDict({
-        "kind": "reverse_qformer",
-        "queries": 77,  # text states of the teacher
-        "depth": 4,
-    })
+    config.model.generation = ConfigDict(
+        {
+            "kind": "reverse_qformer",
+            "queries": 77,  # text states of the teacher
+            "depth": 4,
+        }
+    )
 
-    config.loss = ConfigDict({
-        "vq": 5.0,
-        "reconstruction": 2.0,
-        "generation": 0.5,
-        "beta": 0.25,
-        "legacy_beta": True,  # commitment 1 and codebook beta, as published; the formula says otherwise
-    })
+    config.loss = ConfigDict(
+        {
+            "vq": 5.0,
+            "reconstruction": 2.0,
+            "generation": 0.5,
+            "beta": 0.25,
+            "legacy_beta": True,  # commitment 1, codebook beta; the formula swaps them
+        }
+    )
     # Ways to keep codes in use, all off in the published recipe.
-    config.codebook_health = ConfigDict({
-        "kmeans_batches": 0,  # start the codes at k-means centres of so many batches; 0 does not
-        "dead_code_threshold": 0.0,  # revive codes below this share of the mean count; 0 does not
-        "decay": 0.99,  # of the running counts that usage and revival go by
-    })
+    config.codebook_health = ConfigDict(
+        {
+            "kmeans_batches": 0,  # start codes at k-means centres of so many batches; 0: don't
+            "dead_code_threshold": 0.0,  # revive codes below this share of the mean count
+            "decay": 0.99,  # of the running counts that usage and revival go by
+        }
+    )
 
     config.optimizer.update(
         learning_rate=1e-4, warmup_from=1e-6, final_learning_rate=1e-5, warmup_steps=2000

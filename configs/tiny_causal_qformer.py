@@ -1,6 +1,6 @@
 """Stage 1 on the embedded pictures: minutes on two CPU cores. The ViT trains too.
 
-    python -m seed_jax.train --config configs/tiny_causal_qformer.py --workdir runs/causal_qformer
+python -m seed_jax.train --config configs/tiny_causal_qformer.py --workdir runs/causal_qformer
 """
 
 from ml_collections import ConfigDict
@@ -21,19 +21,33 @@ def get_config() -> ConfigDict:
 
     config.model.vit.update(image_size=64, patch_size=16, width=128, depth=4, heads=4, mlp_dim=512)
     config.model.qformer.update(
-        width=128, depth=2, heads=4, mlp_dim=256, encoder_width=128, dropout=0.0,
-        vocab_size=2048, max_positions=32,
+        width=128,
+        depth=2,
+        heads=4,
+        mlp_dim=256,
+        encoder_width=128,
+        dropout=0.0,
+        vocab_size=2048,
+        max_positions=32,
     )
     config.model.contrastive_dim = 128
     config.model.text_length = 24
 
     config.loss.min_temperature = 0.01
     config.optimizer.update(
-        learning_rate=2.5e-3, warmup_from=1e-5, final_learning_rate=2.5e-5, warmup_steps=50,
+        learning_rate=2.5e-3,
+        warmup_from=1e-5,
+        final_learning_rate=2.5e-5,
+        warmup_steps=50,
         clip_norm=1.0,
     )
     config.data.update(
-        path="embedded", split="train", cache=True, workers=0, max_tags=4, crop_scale=(0.7, 1.0),
+        path="embedded",
+        split="train",
+        cache=True,
+        workers=0,
+        max_tags=4,
+        crop_scale=(0.7, 1.0),
     )
     config.log_every = 10
     config.checkpoint_every = 100

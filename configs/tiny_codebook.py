@@ -25,10 +25,19 @@ def get_config() -> ConfigDict:
     config.model.generation.depth = 1
 
     config.optimizer.update(
-        learning_rate=2e-3, warmup_from=1e-5, final_learning_rate=2e-5, warmup_steps=30, clip_norm=1.0,
+        learning_rate=2e-3,
+        warmup_from=1e-5,
+        final_learning_rate=2e-5,
+        warmup_steps=30,
+        clip_norm=1.0,
     )
     config.data.update(
-        path="embedded", split="train", cache=True, workers=0, max_tags=4, crop_scale=(0.7, 1.0),
+        path="embedded",
+        split="train",
+        cache=True,
+        workers=0,
+        max_tags=4,
+        crop_scale=(0.7, 1.0),
     )
     config.log_every = 10
     config.checkpoint_every = 100

@@ -39,7 +39,7 @@ class Checkpoints:
         )
 
     def restore(self, step: int, state: Any, shardings: Any) -> tuple[Any, dict[str, Any]]:
-        """The state, in the shapes of `state` and over `shardings`, and the data iterator's state."""
+        """The state, like `state` and split by `shardings`, and the data iterator's state."""
         target = jax.tree.map(
             lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, shardings
         )

@@ -49,7 +49,9 @@ class MetricsWriter:
         self._file.flush()
         for name, value in (values | rates).items():
             self._board.add_scalar(name, value, step)
-        self._bar.set_postfix_str(f"loss {values['loss']:.3f}, {rates['pictures_per_second']:.0f} pictures/s")
+        self._bar.set_postfix_str(
+            f"loss {values['loss']:.3f}, {rates['pictures_per_second']:.0f} pictures/s"
+        )
 
     def close(self) -> None:
         if self._active:

@@ -1,8 +1,8 @@
 """Model directories: `config.json`, orbax parameters, tokenizer files. Written whole or not at all.
 
-    DIR/config.json        kind, sizes, content hash, and the size of every file
-    DIR/params/            orbax checkpoint of the parameters
-    DIR/text_tokenizer/    what `transformers.AutoTokenizer` loads
+DIR/config.json        kind, sizes, content hash, and the size of every file
+DIR/params/            orbax checkpoint of the parameters
+DIR/text_tokenizer/    what `transformers.AutoTokenizer` loads
 """
 
 import dataclasses
@@ -30,8 +30,13 @@ FORMAT = 1
 
 
 def save(
-    path: Path, *, kind: str, config: Any, module: nnx.Module,
-    add_files: Callable[[Path], object] | None = None, **facts: Any,
+    path: Path,
+    *,
+    kind: str,
+    config: Any,
+    module: nnx.Module,
+    add_files: Callable[[Path], object] | None = None,
+    **facts: Any,
 ) -> None:
     """Writes a model directory, replacing the one that is there only once the new one is whole.
 
@@ -52,11 +57,16 @@ def save(
         add_files(partial)
     files = {
         str(f.relative_to(partial)): f.stat().st_size
-        for f in sorted(partial.rglob("*")) if f.is_file()
+        for f in sorted(partial.rglob("*"))
+        if f.is_file()
     }
     description = {
-        "format": FORMAT, "kind": kind, "config": dataclasses.asdict(config), **facts,
-        "content_hash": content_hash(params), "files": files,
+        "format": FORMAT,
+        "kind": kind,
+        "config": dataclasses.asdict(config),
+        **facts,
+        "content_hash": content_hash(params),
+        "files": files,
     }
     (partial / "config.json").write_text(json.dumps(description, indent=2) + "\n")
     if path.exists():
@@ -95,7 +105,9 @@ def describe(path: str | Path) -> dict[str, Any]:
                 "directory again"
             )
     if description.get("format") != FORMAT:
-        raise UserError(f"{file} is of format {description.get('format')}; this version reads {FORMAT}")
+        raise UserError(
+            f"{file} is of format {description.get('format')}; this version reads {FORMAT}"
+        )
     return description
 
 
@@ -117,7 +129,10 @@ def load_config(path: str | Path, kind: str, config_class: type[C]) -> C:
 
 
 def load(
-    path: str | Path, kind: str, config_class: type, module_class: type[M],
+    path: str | Path,
+    kind: str,
+    config_class: type,
+    module_class: type[M],
     compute: Compute,
 ) -> M:
     """Builds the module that a directory describes, with its parameters on the first device.
@@ -149,7 +164,9 @@ def load_into(module: nnx.Module, path: str | Path, kind: str) -> None:
     nnx.update(module, unflatten_params(state, restore_params(path, target)))
 
 
-def restore_params(path: str | Path, target: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+def restore_params(
+    path: str | Path, target: dict[str, jax.ShapeDtypeStruct]
+) -> dict[str, jax.Array]:
     """The parameters named in `target`, in its shapes, types and shardings.
 
     Raises:
@@ -174,7 +191,8 @@ def check_params(
     problems += [f"{k} is unexpected" for k in sorted(stored.keys() - target.keys())]
     problems += [
         f"{k} is {tuple(stored[k])}, not {target[k].shape}"
-        for k in sorted(stored.keys() & target.keys()) if tuple(stored[k]) != target[k].shape
+        for k in sorted(stored.keys() & target.keys())
+        if tuple(stored[k]) != target[k].shape
     ]
     if problems:
         raise UserError(f"{path} does not fit its config: {'; '.join(problems)}")

@@ -34,7 +34,7 @@ def decay_mask(params: Any) -> Any:
 
 
 def make_optimizer(optimizer: ConfigDict, steps: int) -> optax.GradientTransformation:
-    """AdamW with the schedule, decay mask and gradient clipping of the config (`clip_norm` 0: off)."""
+    """AdamW with the config's schedule, decay mask and clipping (`clip_norm` 0 clips nothing)."""
     adamw = optax.adamw(
         schedule(optimizer, steps),
         b1=optimizer.b1,

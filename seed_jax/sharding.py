@@ -40,8 +40,8 @@ def make_mesh(sizes: dict[str, int], devices: Sequence[jax.Device] | None = None
     if min(shape) < 1 or int(np.prod(shape)) != len(devices):
         wanted = " x ".join(f"{axis}={sizes.get(axis, 1)}" for axis in MESH_AXES)
         raise UserError(
-            f"config.mesh: {wanted} does not fit {len(devices)} devices; the sizes must multiply to "
-            "that number, and at most one of them may be -1"
+            f"config.mesh: {wanted} does not fit {len(devices)} devices; the sizes must "
+            "multiply to that number, and at most one of them may be -1"
         )
     # Explicit axes, jax's default, ask for a sharding at every matmul; Auto lets XLA propagate.
     return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)

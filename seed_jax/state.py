@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from seed_jax import optim, sharding
 from seed_jax.optim import LossScale
-from seed_jax.tasks import Task
+from seed_jax.tasks import PRECISIONS, Task
 
 Metrics = dict[str, jax.Array]
 TrainStep = Callable[["TrainState", dict[str, jax.Array]], tuple["TrainState", Metrics]]
@@ -60,7 +60,10 @@ def create(
     graphdef = nnx.graphdef(nnx.eval_shape(build))
 
     def init() -> TrainState:
-        params, rest = nnx.state(build(), trained_by(task), ...)
+        params, frozen, rest = nnx.state(build(), trained_by(task), nnx.Param, ...)
+        # Nothing is added to frozen weights: the compute type is precise enough to store them.
+        frozen = jax.tree.map(lambda a: a.astype(PRECISIONS[config.precision]), frozen)
+        rest = nnx.merge_state(frozen, rest)
         return TrainState(
             jnp.int32(0), params, rest, tx.init(params), LossScale.start(config.precision)
         )
@@ -88,9 +91,7 @@ def make_train_step(
     """The compiled step: (state, batch) -> (state, metrics). The old state's memory is reused."""
     learning_rate = optim.schedule(config.optimizer, config.steps)
 
-    def train_step(
-        state: TrainState, batch: dict[str, jax.Array]
-    ) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
 
         def scaled_loss(params: nnx.State) -> tuple[jax.Array, tuple[Metrics, Any]]:

@@ -23,7 +23,6 @@ from seed_jax.checkpoint import Checkpoints
 from seed_jax.cli import UserError
 from seed_jax.data import pipeline, sources
 from seed_jax.metrics import MetricsWriter
-from seed_jax.state import TrainState
 from seed_jax.tasks import Task
 from seed_jax.tasks.causal_qformer import CausalQFormer
 from seed_jax.tasks.codebook import Codebook
@@ -80,7 +79,10 @@ def train(config: ConfigDict, workdir: Path) -> None:
 
     step_fn = state.make_train_step(task, graphdef, tx, config, shardings)
     writer = MetricsWriter(
-        workdir, start=start, steps=config.steps, batch_size=config.batch_size,
+        workdir,
+        start=start,
+        steps=config.steps,
+        batch_size=config.batch_size,
         active=jax.process_index() == 0,
     )
     stop = StopSignal()
@@ -130,7 +132,8 @@ def claim(workdir: Path, config: ConfigDict) -> None:
     if file.exists():
         there = json.loads(file.read_text())
         differing = sorted(
-            name for name in there.keys() | wanted.keys()
+            name
+            for name in there.keys() | wanted.keys()
             if name not in FREE_TO_CHANGE and there.get(name) != wanted.get(name)
         )
         if differing:
@@ -172,7 +175,9 @@ class StopSignal:
         signal.signal(number, signal.SIG_DFL)
 
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "A recipe, such as configs/tiny_codebook.py")
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "A recipe, such as configs/tiny_codebook.py"
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and the model go.")
 
 
@@ -187,8 +192,10 @@ def parse_flags(argv: list[str]) -> list[str]:
         if isinstance(_CONFIG.value, ConfigDict) and _WORKDIR.value and not rest[1:]:
             return rest
     except (flags.Error, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(" ".join(str(error).replace('\\n', ' ').split())) from None
-    usage = "python -m seed_jax.train --config configs/NAME.py --workdir DIR [--config.key=value ...]"
+        raise UserError(" ".join(str(error).replace("\\n", " ").split())) from None
+    usage = (
+        "python -m seed_jax.train --config configs/NAME.py --workdir DIR [--config.key=value ...]"
+    )
     raise UserError(f"usage: {usage}; --help says more")
 
 

@@ -21,7 +21,13 @@ from seed_jax.models.tokenizer import (
 from seed_jax.models.vit import ViTConfig
 
 QFORMER = QFormerConfig(
-    queries=8, width=32, depth=3, heads=4, mlp_dim=48, encoder_width=24, vocab_size=40,
+    queries=8,
+    width=32,
+    depth=3,
+    heads=4,
+    mlp_dim=48,
+    encoder_width=24,
+    vocab_size=40,
     max_positions=12,
 )
 SIZES = TokenizerConfig(
@@ -37,7 +43,7 @@ SIZES = TokenizerConfig(
 
 
 @functools.cache
-def build(sizes: TokenizerConfig = SIZES, compute: Compute = Compute()) -> SeedTokenizer:  # noqa: B008
+def build(sizes: TokenizerConfig = SIZES, compute: Compute = Compute()) -> SeedTokenizer:
     # Op by op, building takes many times longer.
     return nnx.jit(lambda: SeedTokenizer(sizes, compute=compute, rngs=nnx.Rngs(0)))()
 
@@ -103,7 +109,8 @@ def test_how_a_model_runs_does_not_change_what_it_computes():
     for compute in (Compute(remat=True), Compute(unroll=True)):
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4, rtol=2e-4),
-            plain, embed_and_grad(compute),
+            plain,
+            embed_and_grad(compute),
         )
 
 
@@ -139,7 +146,7 @@ def test_embed_shapes_of_the_heads():
         (GenerationConfig(kind="image_down", output_dim=20), (3, 20)),
     ]:
         sizes = dataclasses.replace(SIZES, generation=generation)
-        embed = lambda sizes=sizes: SeedTokenizer(sizes, rngs=nnx.Rngs(0)).embed(codes)  # noqa: E731
+        embed = lambda sizes=sizes: SeedTokenizer(sizes, rngs=nnx.Rngs(0)).embed(codes)
         assert jax.eval_shape(embed).shape == shape
 
 

@@ -18,7 +18,9 @@ def make(rotation_trick: bool = False) -> tuple[Codebook, jax.Array]:
 
 def test_nearest_agrees_with_brute_force():
     codebook, z = make()
-    distances = np.linalg.norm(np.asarray(z)[:, :, None] - np.asarray(codebook.vectors[...]), axis=-1)
+    distances = np.linalg.norm(
+        np.asarray(z)[:, :, None] - np.asarray(codebook.vectors[...]), axis=-1
+    )
     np.testing.assert_array_equal(codebook.nearest(z), distances.argmin(-1))
 
 
@@ -37,9 +39,7 @@ def test_rotation_trick_keeps_the_value_and_rotates_the_gradient():
     grad = jax.grad(lambda z: jnp.sum(codebook.quantize(z)[0] * weights))(z)
     # A rotation keeps angles: the gradient lies to z as the incoming one lies to the code.
     scale = np.linalg.norm(e, axis=-1) / np.linalg.norm(z, axis=-1)
-    np.testing.assert_allclose(
-        np.sum(grad * z, -1), np.sum(weights * e, -1), rtol=1e-4, atol=1e-5
-    )
+    np.testing.assert_allclose(np.sum(grad * z, -1), np.sum(weights * e, -1), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(
         np.linalg.norm(grad, axis=-1), scale * np.linalg.norm(weights, axis=-1), rtol=1e-4
     )

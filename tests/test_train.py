@@ -164,14 +164,23 @@ def test_a_config_that_is_not_there(tmp_path):
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
     arguments = [
-        "--config=configs/tiny_causal_qformer.py", f"--workdir={tmp_path}",
-        "--config.batch_size=8", "--config.steps=100000", "--config.log_every=1",
-        "--config.model.vit.depth=1", "--config.model.qformer.depth=1",
+        "--config=configs/tiny_causal_qformer.py",
+        f"--workdir={tmp_path}",
+        "--config.batch_size=8",
+        "--config.steps=100000",
+        "--config.log_every=1",
+        "--config.model.vit.depth=1",
+        "--config.model.qformer.depth=1",
     ]
     command = [sys.executable, "-m", "seed_jax.train", *arguments]
     environment = {**os.environ, "XLA_FLAGS": ""}
     run = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     metrics = tmp_path / "metrics.jsonl"
     while run.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > 2):

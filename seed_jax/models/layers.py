@@ -1,4 +1,4 @@
-"""Pieces that every model here is made of: dense maps, attention, pre-norm blocks, stacks of layers.
+"""What every model here is made of: dense maps, attention, pre-norm blocks, stacks of layers.
 
 Shapes in names: B batch, T query tokens, S key tokens, D width, N heads, H head dim, L layers.
 
@@ -36,7 +36,12 @@ class Compute:
 
 
 def dense(
-    din: int, dout: int, *, axes: tuple[str | None, str | None], compute: Compute, rngs: nnx.Rngs,
+    din: int,
+    dout: int,
+    *,
+    axes: tuple[str | None, str | None],
+    compute: Compute,
+    rngs: nnx.Rngs,
     use_bias: bool = True,
 ) -> nnx.Linear:
     """A linear layer [..., din] -> [..., dout] whose kernel dims are named by `axes`."""
@@ -121,9 +126,7 @@ class SelfAttention(nnx.Module):
       key_bias: whether keys have a bias too. EVA's ViT has biases on queries and values alone.
     """
 
-    def __init__(
-        self, width: int, heads: int, *, key_bias: bool, compute: Compute, rngs: nnx.Rngs
-    ):
+    def __init__(self, width: int, heads: int, *, key_bias: bool, compute: Compute, rngs: nnx.Rngs):
         head_dim = width // heads
         init = nnx.initializers.lecun_normal(in_axis=0, out_axis=(1, 2, 3))
         zeros = jnp.zeros((heads, head_dim))
@@ -163,13 +166,18 @@ class Block(nnx.Module):
     """A pre-norm transformer block: the ViT's, and that of the decoders after the codebook."""
 
     def __init__(
-        self, width: int, heads: int, mlp_dim: int, *,
-        epsilon: float, key_bias: bool, compute: Compute, rngs: nnx.Rngs,
+        self,
+        width: int,
+        heads: int,
+        mlp_dim: int,
+        *,
+        epsilon: float,
+        key_bias: bool,
+        compute: Compute,
+        rngs: nnx.Rngs,
     ):
         self.norm1 = layer_norm(width, epsilon=epsilon, compute=compute, rngs=rngs)
-        self.attention = SelfAttention(
-            width, heads, key_bias=key_bias, compute=compute, rngs=rngs
-        )
+        self.attention = SelfAttention(width, heads, key_bias=key_bias, compute=compute, rngs=rngs)
         self.norm2 = layer_norm(width, epsilon=epsilon, compute=compute, rngs=rngs)
         self.mlp = MLP(width, mlp_dim, compute=compute, rngs=rngs)
 
@@ -195,7 +203,7 @@ def scan(
 def apply_blocks(
     blocks: Block, x_BTD: Array, *, compute: Compute, outputs: bool = False
 ) -> tuple[Array, Array | None]:
-    """Runs stacked blocks; returns the result and, with `outputs`, each block's output [L,B,T,D]."""
+    """Runs stacked blocks: the result and, with `outputs`, each block's output [L, B, T, D]."""
 
     def body(x_BTD: Array, block: Block) -> tuple[Array, Array | None]:
         x_BTD = block(x_BTD)

@@ -47,9 +47,7 @@ class Attention(nnx.Module):
         self, config: QFormerConfig, source_width: int, *, compute: Compute, rngs: nnx.Rngs
     ):
         width = config.width
-        self.query = layers.dense(
-            width, width, axes=("embed", "heads"), compute=compute, rngs=rngs
-        )
+        self.query = layers.dense(width, width, axes=("embed", "heads"), compute=compute, rngs=rngs)
         self.key, self.value = (
             layers.dense(source_width, width, axes=("embed", "heads"), compute=compute, rngs=rngs)
             for _ in range(2)
@@ -122,9 +120,7 @@ class Layer(nnx.Module):
         return jnp.concatenate(parts, axis=1)
 
 
-def attention_mask(
-    queries: int, text_mask_BT: Array | None, *, causal: bool
-) -> Array | None:
+def attention_mask(queries: int, text_mask_BT: Array | None, *, causal: bool) -> Array | None:
     """Who may attend to whom in a pass over `queries` queries followed by text.
 
     Queries are causal among themselves if asked for; everything else is open both ways, but for
@@ -138,9 +134,9 @@ def attention_mask(
     """
     if text_mask_BT is None:
         return jnp.tril(jnp.ones((queries, queries), bool))[None, None] if causal else None
-    padding_B11X = jnp.pad(
-        text_mask_BT.astype(bool), ((0, 0), (queries, 0)), constant_values=True
-    )[:, None, None]
+    padding_B11X = jnp.pad(text_mask_BT.astype(bool), ((0, 0), (queries, 0)), constant_values=True)[
+        :, None, None
+    ]
     if not (queries and causal):
         return padding_B11X
     total = queries + text_mask_BT.shape[1]
@@ -193,7 +189,7 @@ class QFormer(nnx.Module):
           text_ids_BT: int32 token ids; None runs the queries alone.
           text_mask_BT: bool, False at padding.
           key: dropout key; None evaluates.
-          outputs: return the embedding and every layer's output, a list of L + 1, not the last alone.
+          outputs: return the embedding and every layer's output, a list of L + 1.
 
         Returns:
           [B, X, D]: queries first, then text.
@@ -256,7 +252,5 @@ class QFormer(nnx.Module):
             assert self.words is not None and self.positions is not None
             words_BTD = self.words[...][text_ids_BT]
             parts.append(words_BTD + self.positions[: text_ids_BT.shape[1]][None])
-        mask = attention_mask(
-            queries, text_mask_BT, causal=self.config.causal and queries > 0
-        )
+        mask = attention_mask(queries, text_mask_BT, causal=self.config.causal and queries > 0)
         return self.norm(jnp.concatenate(parts, axis=1)), queries, mask

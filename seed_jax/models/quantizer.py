@@ -1,4 +1,4 @@
-"""The visual codebook: nearest codes with a straight-through gradient, and means to keep it healthy.
+"""The visual codebook: nearest codes, straight-through gradient, and means to keep it healthy.
 
 Shapes: B batch, Q queries, C codes, K code dim.
 """
@@ -32,7 +32,9 @@ class Codebook(nnx.Module):
     def __init__(self, config: CodebookConfig, *, rngs: nnx.Rngs):
         bound = 1.0 / config.size
         self.vectors = nnx.Param(
-            jax.random.uniform(rngs.params(), (config.size, config.dim), minval=-bound, maxval=bound),
+            jax.random.uniform(
+                rngs.params(), (config.size, config.dim), minval=-bound, maxval=bound
+            ),
             axes=("codes", None),
         )
         self.config = config
@@ -84,7 +86,7 @@ def rotate_to(z: Array, target: Array, epsilon: float = 1e-8) -> Array:
     v = jax.lax.stop_gradient(target / (target_norm + epsilon))
     w = u + v
     w = w / (jnp.linalg.norm(w, axis=-1, keepdims=True) + epsilon)
-    dot = lambda a, b: jnp.sum(a * b, axis=-1, keepdims=True)  # noqa: E731
+    dot = lambda a, b: jnp.sum(a * b, axis=-1, keepdims=True)
     rotated = z - 2 * w * dot(w, z) + 2 * v * dot(u, z)
     rotated = rotated * jax.lax.stop_gradient(target_norm / (z_norm + epsilon))
     # Rounding, and vectors of length zero, must not leak into the value.

@@ -5,6 +5,7 @@ E contrastive width, G generation queries (77), O output width.
 """
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +19,6 @@ from seed_jax.models.layers import Array, Compute
 from seed_jax.models.qformer import QFormer, QFormerConfig
 from seed_jax.models.quantizer import Codebook, CodebookConfig
 from seed_jax.models.vit import ViT, ViTConfig
-
 
 # Hidden widths of the published SEED-2 file's MLP; fixed there, whatever the other sizes are.
 IMAGE_DOWN_WIDTHS = (256, 128, 32)
@@ -45,9 +45,9 @@ class GenerationConfig:
     """What the codes are turned into for the image decoder.
 
     Attributes:
-      kind: 'reverse_qformer' or 'image_down', the published SEED-2 file's MLP, which flattens the 32
-        positions into one vector.
-      queries: of the reverse Q-Former: 77 for Stable Diffusion text states, 1 for an image embedding.
+      kind: 'reverse_qformer', or 'image_down', the published SEED-2 file's MLP, which flattens the
+        32 positions into one vector.
+      queries: of the reverse Q-Former: 77 for Stable Diffusion text states, 1 for an image vector.
       depth: layers of the reverse Q-Former.
       output_dim: width of the generation embeddings.
     """
@@ -80,8 +80,12 @@ class TokenizerConfig:
         """As the Q-Former, but not causal, without text, and reading dequantised codes."""
         qformer = self.encoder.qformer
         return dataclasses.replace(
-            qformer, queries=self.generation.queries, causal=False, depth=self.generation.depth,
-            encoder_width=qformer.width, vocab_size=0,
+            qformer,
+            queries=self.generation.queries,
+            causal=False,
+            depth=self.generation.depth,
+            encoder_width=qformer.width,
+            vocab_size=0,
         )
 
 
@@ -97,7 +101,8 @@ class CausalEncoder(nnx.Module):
         self.qformer = QFormer(config.qformer, compute=compute, rngs=rngs)
         self.vision_proj, self.text_proj = (
             layers.dense(width, dim, axes=("embed", None), compute=compute, rngs=rngs)
-            if dim else None
+            if dim
+            else None
             for _ in range(2)
         )
         self.temperature = nnx.Param(jnp.float32(0.07), axes=()) if dim else None
@@ -147,8 +152,13 @@ class Decoder(nnx.Module):
         self.blocks = layers.stack(
             config.decoder_depth,
             lambda r: layers.Block(
-                qformer.width, config.decoder_heads, 4 * qformer.width,
-                epsilon=1e-6, key_bias=True, compute=compute, rngs=r,
+                qformer.width,
+                config.decoder_heads,
+                4 * qformer.width,
+                epsilon=1e-6,
+                key_bias=True,
+                compute=compute,
+                rngs=r,
             ),
             rngs=rngs,
         )
@@ -177,8 +187,10 @@ class GenerationHead(nnx.Module):
             QFormer(config.reverse_qformer, compute=compute, rngs=rngs) if reverses else None
         )
         widths = (width, *IMAGE_DOWN_WIDTHS)
-        self.down = None if reverses else nnx.List(
-            [dense(i, o, use_bias=False) for i, o in zip(widths, widths[1:], strict=False)]
+        self.down = (
+            None
+            if reverses
+            else nnx.List([dense(i, o, use_bias=False) for i, o in itertools.pairwise(widths)])
         )
         flat = width if reverses else widths[-1] * qformer.queries
         self.proj = dense(flat, generation.output_dim, use_bias=True)
@@ -206,7 +218,11 @@ class SeedTokenizer(nnx.Module):
     """
 
     def __init__(
-        self, config: TokenizerConfig, *, compute: Compute = Compute(), rngs: nnx.Rngs  # noqa: B008
+        self,
+        config: TokenizerConfig,
+        *,
+        compute: Compute = Compute(),
+        rngs: nnx.Rngs,
     ):
         width, dim = config.encoder.qformer.width, config.codebook.dim
 
@@ -226,7 +242,7 @@ class SeedTokenizer(nnx.Module):
         self.config = config
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *, compute: Compute = Compute()) -> "SeedTokenizer":  # noqa: B008
+    def from_pretrained(cls, path: str | Path, *, compute: Compute = Compute()) -> "SeedTokenizer":
         """Loads a model directory.
 
         Raises:

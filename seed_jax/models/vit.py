@@ -51,8 +51,13 @@ class ViT(nnx.Module):
         self.blocks = layers.stack(
             config.depth,
             lambda r: layers.Block(
-                width, config.heads, config.mlp_dim,
-                epsilon=config.epsilon, key_bias=False, compute=compute, rngs=r,
+                width,
+                config.heads,
+                config.mlp_dim,
+                epsilon=config.epsilon,
+                key_bias=False,
+                compute=compute,
+                rngs=r,
             ),
             rngs=rngs,
         )

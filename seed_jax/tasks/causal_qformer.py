@@ -22,19 +22,17 @@ class CausalQFormer:
 
     def __init__(self, config: ConfigDict):
         self.config = config
-        self.sizes = model_dir.from_dict(
-            EncoderConfig, config.model.to_dict(), "config.model"
-        )
+        self.sizes = model_dir.from_dict(EncoderConfig, config.model.to_dict(), "config.model")
         if not config.init and not config.train_vit:
             raise UserError(
-                "config.init must name a model directory with a trained ViT, since config.train_vit "
-                "is off"
+                "config.init must name a model directory with a trained ViT, since "
+                "config.train_vit is off"
             )
         self.tokenizer = load_tokenizer(config.tokenizer or None)
         if len(self.tokenizer) > self.sizes.qformer.vocab_size:
             raise UserError(
-                f"config.model.qformer.vocab_size is {self.sizes.qformer.vocab_size}, but the tokenizer "
-                f"{config.tokenizer or 'packaged here'} has {len(self.tokenizer)} tokens"
+                f"config.model.qformer.vocab_size is {self.sizes.qformer.vocab_size}, but the "
+                f"tokenizer {config.tokenizer or 'packaged here'} has {len(self.tokenizer)} tokens"
             )
 
     def build(self, *, rngs: nnx.Rngs) -> CausalEncoder:
@@ -71,6 +69,9 @@ class CausalQFormer:
 
     def save(self, model: CausalEncoder, path: Path) -> None:
         model_dir.save(
-            path, kind=KIND, config=self.sizes, module=model,
+            path,
+            kind=KIND,
+            config=self.sizes,
+            module=model,
             add_files=lambda folder: self.tokenizer.save_pretrained(folder / "text_tokenizer"),
         )

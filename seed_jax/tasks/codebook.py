@@ -114,12 +114,14 @@ class Codebook:
         st_BQK, e_BQK, codes_BQ = tokenizer.codebook.quantize(z_BQK)
         x_BQD = tokenizer.dequantize(st_BQK)
         parts = {
-            "loss_vq": weights.vq * losses.vector_quantization(
+            "loss_vq": weights.vq
+            * losses.vector_quantization(
                 z_BQK, e_BQK, beta=weights.beta, legacy=weights.legacy_beta
             ),
             "loss_reconstruction": weights.reconstruction
             * losses.cosine_reconstruction(tokenizer.decode_causal(x_BQD), causal_BQD),
-            "loss_generation": weights.generation * losses.mean_squared_error(
+            "loss_generation": weights.generation
+            * losses.mean_squared_error(
                 tokenizer.generation(x_BQD, key=key), model.teacher(batch["prompt"])
             ),
         }
@@ -136,16 +138,20 @@ class Codebook:
         ema_C = health.decay * model.counts[...] + (1 - health.decay) * counts_C
         if health.dead_code_threshold:
             vectors[...], ema_C = quantizer.reset_dead_codes(
-                vectors[...], ema_C, z_BQK.reshape(-1, z_BQK.shape[-1]),
-                threshold=health.dead_code_threshold, key=key,
+                vectors[...],
+                ema_C,
+                z_BQK.reshape(-1, z_BQK.shape[-1]),
+                threshold=health.dead_code_threshold,
+                key=key,
             )
         # Forget a code that did not come up once in about the last 1 / (1 - decay) batches.
         model.counts[...] = jnp.where(ema_C < UNUSED_SHARE * (1 - health.decay), 0.0, ema_C)
 
     def save(self, model: TeachedTokenizer, path: Path) -> None:
         model_dir.save(
-            path, kind=KIND, config=self.sizes, module=model.tokenizer,
-            add_files=lambda folder: self.text_tokenizer.save_pretrained(
-                folder / "text_tokenizer"
-            ),
+            path,
+            kind=KIND,
+            config=self.sizes,
+            module=model.tokenizer,
+            add_files=lambda folder: self.text_tokenizer.save_pretrained(folder / "text_tokenizer"),
         )
