@@ -84,6 +84,7 @@ def get_config() -> ConfigDict:
             "cache": False,  # keep decoded pictures in memory
             "workers": 8,  # processes that read ahead; 0 reads in this one
             "max_tags": 0,  # tags drawn onto a caption, for sets that have tags
+            "drop_caption": 0.0,  # share of the draws with tags that are tags alone
             "crop_scale": (0.5, 1.0),  # share of the picture that a random crop covers
             "flip": True,  # mirror half of the pictures
             "max_unreadable": 0.01,  # share of pictures that may be unreadable before the run stops

@@ -10,7 +10,7 @@ from configs import causal_qformer
 
 def get_config() -> ConfigDict:
     config = causal_qformer.get_config().unlock()
-    config.steps = 600
+    config.steps = 400
     config.batch_size = 256
     config.image_size = 64
     config.precision = "float32"
@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
         max_positions=32,
     )
     config.model.contrastive_dim = 128
-    config.model.text_length = 24
+    config.model.text_length = 32
 
     config.loss.min_temperature = 0.01
     config.optimizer.update(
@@ -40,13 +40,15 @@ def get_config() -> ConfigDict:
         final_learning_rate=2.5e-5,
         warmup_steps=50,
         clip_norm=1.0,
+        weight_decay=0.1,
     )
     config.data.update(
         path="embedded",
         split="train",
         cache=True,
         workers=0,
-        max_tags=4,
+        max_tags=8,
+        drop_caption=0.5,
         crop_scale=(0.7, 1.0),
     )
     config.log_every = 10

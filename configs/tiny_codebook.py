@@ -11,7 +11,7 @@ from configs import codebook
 
 def get_config() -> ConfigDict:
     config = codebook.get_config().unlock()
-    config.steps = 300
+    config.steps = 200
     config.batch_size = 128
     config.image_size = 64
     config.precision = "float32"
@@ -20,6 +20,7 @@ def get_config() -> ConfigDict:
     config.teacher = ""
 
     config.model.codebook.update(size=512, dim=16)
+    config.codebook_health.update(kmeans_batches=4, dead_code_threshold=0.03)
     config.model.decoder_heads = 4
     config.model.decoder_depth = 1
     config.model.generation.depth = 1
@@ -36,7 +37,7 @@ def get_config() -> ConfigDict:
         split="train",
         cache=True,
         workers=0,
-        max_tags=4,
+        max_tags=8,
         crop_scale=(0.7, 1.0),
     )
     config.log_every = 10

@@ -13,7 +13,7 @@ def get_config() -> ConfigDict:
     config = tiny_causal_qformer.get_config().unlock()
     config.task = "text_encoder"
     config.tokenizer = ""  # "" is the packaged CLIP-style one
-    config.steps = 300
+    config.steps = 200
     del config.init, config.train_vit
 
     vit = config.model.vit

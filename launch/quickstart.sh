@@ -32,4 +32,4 @@ for split in style concept; do
         --output "$out/codes.jsonl"
 done
 # Captions with as many tags as the configs train with.
-run seed_jax.report --run "$out" --max-tags 4 --started "$started"
+run seed_jax.report --run "$out" --max-tags 8 --started "$started"

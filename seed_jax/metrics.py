@@ -2,10 +2,11 @@
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TextIO
 
-import numpy as np
+import jax
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
@@ -35,7 +36,7 @@ class MetricsWriter:
         if self._active:
             self._bar.update()
 
-    def write(self, step: int, metrics: dict[str, np.ndarray]) -> None:
+    def write(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
         """Writes the metrics of `step`, with rates since the last call."""
         if not self._active:
             return

@@ -131,8 +131,8 @@ def load_config(path: str | Path, kind: str, config_class: type[C]) -> C:
 def load(
     path: str | Path,
     kind: str,
-    config_class: type,
-    module_class: type[M],
+    config_class: type[Any],
+    module_class: Callable[..., M],
     compute: Compute,
 ) -> M:
     """Builds the module that a directory describes, with its parameters on the first device.

@@ -200,7 +200,7 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 def main(_: list[str]) -> None:
-    train(_CONFIG.value, Path(_WORKDIR.value))
+    train(_CONFIG.value, Path(_WORKDIR.value or "."))
 
 
 if __name__ == "__main__":

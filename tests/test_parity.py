@@ -48,7 +48,7 @@ def numbered(name: str, stacked) -> dict[str, jax.Array]:
 def encode_parts(model: SeedTokenizer, vit_out, case: Case, *, delta_z=0.0, frozen=False):
     """From the ViT's output to the vectors that the decoders read, by the names in the data."""
     image_embeds = model.encoder.ln_vision(vit_out)
-    hidden = model.encoder.qformer(image_embeds, outputs=True)
+    hidden = model.encoder.qformer.hidden_states(image_embeds)
     query_output = jax.lax.stop_gradient(hidden[-1]) if frozen else hidden[-1]
     z = model.code_vectors(query_output) + delta_z
     quant_st, entries, codes = model.codebook.quantize(z)
@@ -70,7 +70,7 @@ def encode_parts(model: SeedTokenizer, vit_out, case: Case, *, delta_z=0.0, froz
 def generation_parts(head, x, blocks: str, reverse: str):
     """The generation branch on what the decoders read, by the names in the data."""
     x, outputs = head.decoder(x, outputs=True)
-    hidden = head.reverse_qformer(x, outputs=True)
+    hidden = head.reverse_qformer.hidden_states(x)
     return {**numbered(blocks, outputs), reverse: hidden[-1]}, hidden
 
 
@@ -299,8 +299,8 @@ def test_stage1_contrastive(golden):
         encoder = nnx.merge(graphdef, params)
         vit_out = jax.lax.stop_gradient(see(case, encoder, image))
         image_embeds = encoder.ln_vision(vit_out)
-        image_hidden = encoder.qformer(image_embeds, outputs=True)
-        text_hidden = encoder.qformer(text_ids_BT=ids, text_mask_BT=token_mask, outputs=True)
+        image_hidden = encoder.qformer.hidden_states(image_embeds)
+        text_hidden = encoder.qformer.hidden_states(text_ids_BT=ids, text_mask_BT=token_mask)
         image_feats = encoder.image_features(image_hidden[-1])
         text_feat = encoder.text_features(ids, token_mask)
         temperature = encoder.temperature[...]

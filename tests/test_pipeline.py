@@ -32,7 +32,7 @@ def texts(tokenizer) -> dict[str, text.TextField]:
 
 def config(**changes) -> ConfigDict:
     values = {
-        "cache": False, "workers": 0, "max_tags": 2, "crop_scale": (0.5, 1.0), "flip": True,
+        "cache": False, "workers": 0, "max_tags": 2, "drop_caption": 0.0, "crop_scale": (0.5, 1.0), "flip": True,
         "max_unreadable": 0.01,
     }  # fmt: skip
     return ConfigDict(values | changes)
@@ -294,7 +294,7 @@ from seed_jax.data import pipeline, sources
 if __name__ == "__main__":
     batches = pipeline.train_pipeline(
         sources.open_source(sys.argv[1]), batch_size=8, image_size=8, texts={}, seed=0,
-        data=ConfigDict({"cache": False, "workers": 1, "max_tags": 0, "crop_scale": (0.5, 1.0),
+        data=ConfigDict({"cache": False, "workers": 1, "max_tags": 0, "drop_caption": 0.0, "crop_scale": (0.5, 1.0),
                          "flip": True, "max_unreadable": 0.01}),
     )
     next(batches)

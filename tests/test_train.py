@@ -80,9 +80,11 @@ def test_both_stages_and_the_tokenizer_they_make(stage1, tmp_path, caplog):
     assert codes.max() < tokenizer.config.codebook.size
 
 
-def test_a_run_killed_in_the_middle_goes_on_bitwise(tmp_path):
+def test_a_run_killed_in_the_middle_goes_on_bitwise(tmp_path, caplog):
     config = small(tiny_causal_qformer.get_config(), steps=7)
-    train(config, tmp_path / "whole")
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        train(config, tmp_path / "whole")
+    assert compiles_of(caplog, "train_step") == 1
 
     class Killed(Exception):
         pass
@@ -107,6 +109,18 @@ def test_a_longer_run_starts_where_a_shorter_one_ended(stage1):
     train(small(tiny_causal_qformer.get_config(), steps=before + 2), stage1)
     rows = [json.loads(line)["step"] for line in (stage1 / "metrics.jsonl").open()]
     assert rows == list(range(1, before + 3))
+
+
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+def test_half_precision_trains_both_stages(tmp_path, precision):
+    first = small(tiny_causal_qformer.get_config(), precision=precision)
+    train(first, tmp_path / "1")
+    init = str(tmp_path / "1" / "model")
+    train(small(tiny_codebook.get_config(), precision=precision, init=init), tmp_path / "2")
+    for workdir in (tmp_path / "1", tmp_path / "2"):
+        assert np.isfinite(losses(workdir)).all()
+    skipped = [json.loads(line).get("skipped") for line in (tmp_path / "2/metrics.jsonl").open()]
+    assert skipped == ([0] * 4 if precision == "float16" else [None] * 4)
 
 
 def test_the_text_encoder_that_is_packaged_can_be_trained_again(tmp_path):

@@ -124,7 +124,7 @@ def train_pipeline(
 
     Args:
       batch_size: rows of all hosts together, a multiple of `process_count`.
-      data: cache, workers, max_tags, crop_scale, flip and max_unreadable, as in the configs.
+      data: cache, workers, max_tags, drop_caption, crop_scale, flip and max_unreadable, as in the configs.
 
     Raises:
       UserError: the source is smaller than a batch. While iterating: more than `max_unreadable` of
@@ -290,6 +290,7 @@ class _TrainBatches:
         self._image_size = image_size
         self._texts = dict(texts)
         self._max_tags = data.max_tags
+        self._drop_caption = data.drop_caption
         self._scale = tuple(data.crop_scale)
         self._flip = data.flip
         self._seed = seed
@@ -313,7 +314,9 @@ class _TrainBatches:
             )
             indices.append(index)
             if self._texts:
-                captions.append(choose_caption(record, rng, self._max_tags))
+                captions.append(
+                    choose_caption(record, rng, self._max_tags, drop_caption=self._drop_caption)
+                )
         batch: Batch = {"image": images, "index": np.array(indices, np.int32)}
         return batch | _encode(self._texts, captions), unreadable
 

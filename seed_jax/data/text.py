@@ -79,11 +79,15 @@ class TextField:
         return ids_BT, mask_BT
 
 
-def choose_caption(record: Record, rng: Random | None, max_tags: int) -> str:
+def choose_caption(
+    record: Record, rng: Random | None, max_tags: int, *, drop_caption: float = 0.0
+) -> str:
     """One caption and up to `max_tags` of the picture's tags, joined by commas.
 
     Args:
       rng: draws the caption, how many tags, which and in which order; None takes the first ones.
+      drop_caption: share of the draws with tags that are tags alone. Beside its caption a picture's
+        tags would tell nothing more, and nothing would be learned from them.
 
     Raises:
       UserError: the record has no caption.
@@ -94,4 +98,8 @@ def choose_caption(record: Record, rng: Random | None, max_tags: int) -> str:
     most = min(max_tags, len(tags))
     if rng is None:
         return ", ".join([captions[0], *tags[:most]])
-    return ", ".join([rng.choice(captions), *rng.sample(tags, rng.randint(0, most))])
+    caption = rng.choice(captions)
+    drawn = rng.sample(tags, rng.randint(0, most))
+    if drawn and rng.random() < drop_caption:
+        return ", ".join(drawn)
+    return ", ".join([caption, *drawn])

@@ -8,7 +8,7 @@ mesh axes. A stacked parameter has the layer dim in front of the dims that `axes
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -113,7 +113,7 @@ def attention(
     if dtype == jnp.float16 and jax.default_backend() == "cpu":
         # XLA's CPU backend lacks the float16 product with float32 sums that is asked for below.
         q_BTNH, k_BSNH, v_BSNH = (a.astype(jnp.float32) for a in (q_BTNH, k_BSNH, v_BSNH))
-    implementation = "cudnn" if _flash_available(dtype) else "xla"
+    implementation: Literal["cudnn", "xla"] = "cudnn" if _flash_available(dtype) else "xla"
     return jax.nn.dot_product_attention(
         q_BTNH, k_BSNH, v_BSNH, mask=mask, implementation=implementation
     ).astype(dtype)

@@ -180,8 +180,7 @@ class QFormer(nnx.Module):
         text_mask_BT: Array | None = None,
         *,
         key: Array | None = None,
-        outputs: bool = False,
-    ) -> Array | list[Array]:
+    ) -> Array:
         """Runs the queries (when there is an encoder to read), the text (when given), or both.
 
         Args:
@@ -189,10 +188,24 @@ class QFormer(nnx.Module):
           text_ids_BT: int32 token ids; None runs the queries alone.
           text_mask_BT: bool, False at padding.
           key: dropout key; None evaluates.
-          outputs: return the embedding and every layer's output, a list of L + 1.
 
         Returns:
           [B, X, D]: queries first, then text.
+        """
+        return self.hidden_states(encoder_BED, text_ids_BT, text_mask_BT, key=key, every=False)[-1]
+
+    def hidden_states(
+        self,
+        encoder_BED: Array | None = None,
+        text_ids_BT: Array | None = None,
+        text_mask_BT: Array | None = None,
+        *,
+        key: Array | None = None,
+        every: bool = True,
+    ) -> list[Array]:
+        """The embedding and every layer's output, L + 1 of [B, X, D]; arguments as for a call.
+
+        Without `every`, the last alone.
         """
         x_BXD, queries, mask = self._embed(encoder_BED, text_ids_BT, text_mask_BT)
         embed_key, layer_keys = None, None
@@ -201,10 +214,10 @@ class QFormer(nnx.Module):
             layer_keys = jax.random.split(layers_key, self.config.depth)
         x_BXD = layers.dropout(x_BXD, self.config.dropout, embed_key)
         hidden = [x_BXD]
-        every = self.config.cross_attention_every
+        size = self.config.cross_attention_every
 
-        def group(x_BXD: Array, stacked: tuple) -> tuple[Array, list[Array] | None]:
-            """`every` layers, the first of which reads the encoder."""
+        def group(x_BXD: Array, stacked: tuple) -> tuple[Array, list[Array]]:
+            """Layers of which the first reads the encoder."""
             members, cross, keys = stacked
             seen = []
             for i in range(jax.tree.leaves(members)[0].shape[0]):
@@ -213,30 +226,29 @@ class QFormer(nnx.Module):
                     x_BXD, queries, mask, cross if i == 0 else None, encoder_BED, layer_key
                 )
                 seen.append(x_BXD)
-            return x_BXD, seen if outputs else None
+            return x_BXD, seen if every else []
 
         # Layers come in groups that begin with cross-attention; a depth that is no multiple of the
         # group leaves a short one, which runs after the loop.
-        whole, rest = divmod(self.config.depth, every)
-        split = whole * every
+        whole, rest = divmod(self.config.depth, size)
+        split = whole * size
         per_layer = (self.layers, layer_keys)
         grouped, grouped_keys = jax.tree.map(
-            lambda p: p[:split].reshape(whole, every, *p.shape[1:]), per_layer
+            lambda p: p[:split].reshape(whole, size, *p.shape[1:]), per_layer
         )
         cross = jax.tree.map(lambda p: p[:whole], self.cross)
         if whole:
             x_BXD, seen = layers.scan(
                 group, x_BXD, (grouped, cross, grouped_keys), compute=self.compute
             )
-            if outputs:
-                hidden += [seen[i % every][i // every] for i in range(split)]
+            if every:
+                hidden += [seen[i % size][i // size] for i in range(split)]
         if rest:
             members, keys = jax.tree.map(lambda p: p[split:], per_layer)
             last_cross = jax.tree.map(lambda p: p[-1], self.cross)
             x_BXD, seen = group(x_BXD, (members, last_cross, keys))
-            if outputs:
-                hidden += seen
-        return hidden if outputs else x_BXD
+            hidden += seen
+        return hidden if every else [x_BXD]
 
     def _embed(
         self, encoder_BED: Array | None, text_ids_BT: Array | None, text_mask_BT: Array | None

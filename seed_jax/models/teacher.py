@@ -5,6 +5,7 @@ model, 77 of them a prompt. Runs transformers' Flax class, the last release line
 """
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -36,7 +37,7 @@ class TextTeacher(nnx.Module):
         params = self._nested_params()
         positions_BT = jax.lax.broadcasted_iota("int32", ids_BT.shape, 1)
         mask_BT = jax.numpy.ones_like(ids_BT)
-        outputs = self.linen.apply({"params": params}, ids_BT, mask_BT, positions_BT)
+        outputs: Any = self.linen.apply({"params": params}, ids_BT, mask_BT, positions_BT)
         return outputs.last_hidden_state
 
     def _nested_params(self) -> dict:

@@ -119,9 +119,7 @@ class CausalEncoder(nnx.Module):
           images: [B, S, S, 3], uint8 RGB pixels or floats already normalised.
           key: dropout key; None evaluates.
         """
-        embeddings = self.qformer(self.image_states(images), key=key)
-        assert isinstance(embeddings, jax.Array)
-        return embeddings
+        return self.qformer(self.image_states(images), key=key)
 
     def image_features(self, causal_BQD: Array) -> Array:
         """The last query in the contrastive space, float32 [B, E], L2-normalised."""

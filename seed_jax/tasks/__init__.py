@@ -43,16 +43,16 @@ class Task(Protocol):
     def text_fields(self) -> dict[str, TextField]:
         """How captions become ids, by the name they get in a batch."""
 
-    def prepare(self, model: nnx.Module, batches: Any) -> None:
+    def prepare(self, model: Any, batches: Any) -> None:
         """Once, before the first step: loads earlier stages' weights, looks at data if need be."""
 
     def loss(
-        self, model: nnx.Module, batch: Batch, key: jax.Array
+        self, model: Any, batch: Batch, key: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array], Any]:
         """The loss, metrics, and what `after_update` wants to know."""
 
-    def after_update(self, model: nnx.Module, aux: Any, key: jax.Array) -> None:
+    def after_update(self, model: Any, aux: Any, key: jax.Array) -> None:
         """Changes variables of the module in place after the optimizer's update (inside jit)."""
 
-    def save(self, model: nnx.Module, path: Path) -> None:
+    def save(self, model: Any, path: Path) -> None:
         """Writes the model directory that users load."""

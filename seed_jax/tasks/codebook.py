@@ -1,5 +1,6 @@
 """Stage 2: the codebook and the reverse Q-Former, on a frozen stage 1 (section 3.2)."""
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -102,7 +103,10 @@ class Codebook:
                 f"config.codebook_health.kmeans_batches: {count} batches hold {len(z_NK)} vectors, "
                 f"fewer than the {len(vectors)} codes"
             )
-        means_CK, _ = kmeans2(z_NK, len(vectors), iter=10, minit="points", rng=self.config.seed)
+        with warnings.catch_warnings():
+            # An empty cluster keeps the vector of the data that it started at: good enough here.
+            warnings.filterwarnings("ignore", "One of the clusters is empty")
+            means_CK, _ = kmeans2(z_NK, len(vectors), iter=10, minit="points", rng=self.config.seed)
         vectors[...] = jax.device_put(means_CK.astype(np.float32), vectors[...].sharding)
 
     def loss(
