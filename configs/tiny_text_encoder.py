@@ -1,7 +1,7 @@
 """The packaged text encoder that stage 2 learns from: a small CLIP on the embedded pictures.
 
 python -m seed_jax.train --config configs/tiny_text_encoder.py --workdir runs/text_encoder
-cp -r runs/text_encoder/model/. seed_jax/assets/tiny_text_encoder/
+cp -r runs/text_encoder/model/. seed_jax/assets/tiny_stable_diffusion/
 """
 
 from ml_collections import ConfigDict

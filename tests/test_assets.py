@@ -18,7 +18,7 @@ from seed_jax.assets.concepts import concept_group
 ASSETS = Path(__file__).parents[1] / "seed_jax" / "assets"
 HELD_OUT = ("style", "concept")
 TEXT_TOKENIZER = ASSETS / "text_tokenizer"
-CLIP_TOKENIZER = ASSETS / "tiny_text_encoder" / "tokenizer"
+CLIP_TOKENIZER = ASSETS / "tiny_stable_diffusion" / "tokenizer"
 
 
 @pytest.fixture(scope="module")

@@ -32,9 +32,14 @@ def texts(tokenizer) -> dict[str, text.TextField]:
 
 def config(**changes) -> ConfigDict:
     values = {
-        "cache": False, "workers": 0, "max_tags": 2, "drop_caption": 0.0, "crop_scale": (0.5, 1.0), "flip": True,
+        "cache": False,
+        "workers": 0,
+        "max_tags": 2,
+        "drop_caption": 0.0,
+        "crop_scale": (0.5, 1.0),
+        "flip": True,
         "max_unreadable": 0.01,
-    }  # fmt: skip
+    }
     return ConfigDict(values | changes)
 
 
@@ -287,15 +292,14 @@ def test_a_users_mistake_comes_through_from_a_worker(tmp_path, texts):
 
 
 START_WORKER = """
-import sys, time
+import json, sys, time
 from ml_collections import ConfigDict
 from seed_jax.data import pipeline, sources
 
 if __name__ == "__main__":
     batches = pipeline.train_pipeline(
         sources.open_source(sys.argv[1]), batch_size=8, image_size=8, texts={}, seed=0,
-        data=ConfigDict({"cache": False, "workers": 1, "max_tags": 0, "drop_caption": 0.0, "crop_scale": (0.5, 1.0),
-                         "flip": True, "max_unreadable": 0.01}),
+        data=ConfigDict(json.loads(sys.argv[2])),
     )
     next(batches)
     print("reading", flush=True)
@@ -308,7 +312,7 @@ def test_workers_end_with_a_killed_run(tmp_path):
     script = tmp_path / "run.py"
     script.write_text(START_WORKER)
     run = subprocess.Popen(
-        [sys.executable, script, data],
+        [sys.executable, script, data, config(workers=1).to_json()],
         stdout=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},

@@ -2,8 +2,8 @@
 
     python -m seed_jax.assets.build_tokenizer
 
-  text_tokenizer/               BERT's kind: lower-case WordPiece, [CLS] text [SEP]
-  tiny_text_encoder/tokenizer/  CLIP's kind: lower-case BPE, <|startoftext|> text <|endoftext|>
+  text_tokenizer/                   BERT's kind: lower-case WordPiece, [CLS] text [SEP]
+  tiny_stable_diffusion/tokenizer/  CLIP's kind: lower-case BPE, <|startoftext|> text <|endoftext|>
 
 They load offline through the code that loads bert-base-uncased and CLIP's vocabulary. The held-out
 splits are not read. Both vocabularies hold every single character of ASCII, so that no English
@@ -139,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     texts = read_training_texts(args.pictures)
     build_wordpiece(texts, args.output / "text_tokenizer")
-    build_bpe(texts, args.output / "tiny_text_encoder" / "tokenizer")
+    build_bpe(texts, args.output / "tiny_stable_diffusion" / "tokenizer")
     print(f"{args.output}: two tokenizers, from {len(texts):,} captions and tags")
 
 

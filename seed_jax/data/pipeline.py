@@ -124,7 +124,8 @@ def train_pipeline(
 
     Args:
       batch_size: rows of all hosts together, a multiple of `process_count`.
-      data: cache, workers, max_tags, drop_caption, crop_scale, flip and max_unreadable, as in the configs.
+      data: cache, workers, max_tags, drop_caption, crop_scale, flip and max_unreadable, as in the
+        configs.
 
     Raises:
       UserError: the source is smaller than a batch. While iterating: more than `max_unreadable` of

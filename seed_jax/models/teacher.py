@@ -15,7 +15,7 @@ from transformers import CLIPTextConfig, FlaxCLIPTextModel
 from seed_jax.cli import UserError
 from seed_jax.models.layers import Array, Compute
 
-PACKAGED = Path(__file__).parents[1] / "assets" / "tiny_text_encoder"
+PACKAGED = Path(__file__).parents[1] / "assets" / "tiny_stable_diffusion"
 
 
 class TextTeacher(nnx.Module):
