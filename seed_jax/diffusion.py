@@ -291,6 +291,6 @@ def _load_text(path: str, compute: Compute) -> tuple[TextTeacher, TextField]:
     config = teacher.load_config(path)
     folder, subfolder = teacher.locate(path, "tokenizer")
     tokenizer = load_tokenizer(folder, subfolder=subfolder)
-    encoder = TextTeacher(config, compute=compute, rngs=nnx.Rngs(0))
+    encoder = nnx.eval_shape(lambda: TextTeacher(config, compute=compute, rngs=nnx.Rngs(0)))
     encoder.load(path)
     return encoder, TextField(tokenizer, config.max_position_embeddings)

@@ -127,8 +127,8 @@ def pndm(config: Mapping[str, Any], steps: int) -> Schedule:
     One call more than `steps`: the second timestep comes twice, the first step being taken again.
     """
     signal = alphas_cumprod(config)
-    stride = len(signal) // steps
     timesteps = _timesteps(config, steps, len(signal))
+    stride = len(signal) // steps
     timesteps = np.concatenate([timesteps[:2], timesteps[1:2], timesteps[2:]])
     start, end = timesteps.copy(), timesteps - stride
     start[1:2] += stride
