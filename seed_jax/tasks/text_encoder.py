@@ -22,7 +22,6 @@ from seed_jax.models.tokenizer import l2_normalize
 from seed_jax.models.vit import ViT, ViTConfig
 from seed_jax.tasks import Batch, compute_of
 
-
 # What `FlaxCLIPTextModel` draws its weights with.
 DRAWN_DEVIATION = 0.01
 
