@@ -1,7 +1,10 @@
 """The packaged text encoder that stage 2 learns from: a small CLIP on the embedded pictures.
 
-python -m seed_jax.train --config configs/tiny_text_encoder.py --workdir runs/text_encoder
-cp -r runs/text_encoder/model/. seed_jax/assets/tiny_stable_diffusion/
+    python -m seed_jax.train --config configs/tiny_text_encoder.py --workdir runs/text_encoder
+    cp -r runs/text_encoder/model/text_encoder seed_jax/assets/tiny_stable_diffusion/
+
+Made the packaged one in 6 minutes on two CPU cores: three of ten captions of a training batch
+of 256 find their picture.
 """
 
 from ml_collections import ConfigDict
