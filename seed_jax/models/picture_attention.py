@@ -41,7 +41,7 @@ def picture_attention(q_BTNH: Array, k_BSNH: Array, v_BSNH: Array) -> Array:
 
         return jax.lax.map(chunk, q_CQH)
 
-    parts = split(q_BTNH * head_dim**-0.5, CHUNK), split(k_BSNH, keys), split(v_BSNH, keys)
-    mixed = jax.lax.map(head, (parts[0], parts[1][:, 0], parts[2][:, 0]))
+    scaled = split(q_BTNH, CHUNK) * head_dim**-0.5
+    mixed = jax.lax.map(head, (scaled, split(k_BSNH, keys)[:, 0], split(v_BSNH, keys)[:, 0]))
     mixed_BNTH = mixed.reshape(batch, heads, count, head_dim)
     return mixed_BNTH.transpose(0, 2, 1, 3).astype(q_BTNH.dtype)
