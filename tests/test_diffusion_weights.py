@@ -93,6 +93,35 @@ def test_pytorch_runs_the_unet_that_we_write(tmp_path):
     assert_same(load("unet", tmp_path / diffusers_weights.TORCH_FILE), ours)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_rounds_no_more_than_pytorchs(tmp_path, dtype):
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    ours = random_model("unet")
+    diffusers_weights.save(ours, tmp_path, dtype=np.float32)
+    half = load("unet", tmp_path / diffusers_weights.TORCH_FILE, Compute(getattr(jnp, dtype)))
+    type_ = getattr(torch, dtype)
+    theirs = UNet2DConditionModel.from_pretrained(
+        tmp_path, torch_dtype=type_, low_cpu_mem_usage=False
+    )
+    rng = np.random.default_rng(1)
+    latents = rng.normal(size=(2, 6, 6, 4)).astype(np.float32)
+    states = rng.normal(size=(2, 7, 12)).astype(np.float32)
+    timesteps = np.array([981, 7], np.int32)
+    with torch.no_grad():
+        output = theirs(
+            torch.from_numpy(latents.transpose(0, 3, 1, 2)).to(type_),
+            torch.from_numpy(timesteps),
+            torch.from_numpy(states).to(type_),
+        ).sample
+    exact = run(ours.__call__, latents, timesteps, states)
+    error = jnp.abs(run(half.__call__, latents, timesteps, states) - exact).mean()
+    reference = np.abs(output.float().numpy().transpose(0, 2, 3, 1) - exact).mean()
+    # Roundings differ in place and luck; a sum kept in too few bits would show as many times more.
+    assert 0 < error < 2 * reference
+
+
 def test_pytorch_runs_the_autoencoder_that_we_write(tmp_path):
     import torch
     from diffusers import AutoencoderKL
