@@ -18,7 +18,8 @@ def get_config() -> ConfigDict:
     config.steps = 152_588  # 500 passes over 5M pairs, the published maximum
     config.batch_size = 256 * 64
     config.teacher = "CompVis/stable-diffusion-v1-4"  # "" is the packaged tiny text encoder
-    del config.train_vit, config.tokenizer  # stage 1 is frozen and brings its tokenizer
+    # Stage 1 is frozen and brings its tokenizer.
+    del config.train_vit, config.query_gain, config.tokenizer
 
     config.model = ConfigDict()  # the encoder's sizes come with config.init
     config.model.codebook = ConfigDict(

@@ -10,13 +10,14 @@ from configs import causal_qformer
 
 def get_config() -> ConfigDict:
     config = causal_qformer.get_config().unlock()
-    config.steps = 400
-    config.batch_size = 256
+    config.steps = 700
+    config.batch_size = 128
     config.image_size = 64
     config.precision = "float32"
     config.remat = False
     config.unroll = True
     config.train_vit = True
+    config.query_gain = 6.0
     config.tokenizer = ""
 
     config.model.vit.update(image_size=64, patch_size=16, width=128, depth=4, heads=4, mlp_dim=512)
@@ -31,11 +32,11 @@ def get_config() -> ConfigDict:
         max_positions=32,
     )
     config.model.contrastive_dim = 128
-    config.model.text_length = 32
+    config.model.text_length = 24
 
     config.loss.min_temperature = 0.01
     config.optimizer.update(
-        learning_rate=2.5e-3,
+        learning_rate=2e-3,
         warmup_from=1e-5,
         final_learning_rate=2.5e-5,
         warmup_steps=50,

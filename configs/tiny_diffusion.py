@@ -14,7 +14,7 @@ def get_config() -> ConfigDict:
     config.task = "diffusion"
     config.steps = 4000
     config.batch_size = 64
-    del config.init, config.train_vit, config.tokenizer
+    del config.init, config.train_vit, config.query_gain, config.tokenizer
     config.autoencoder = ""  # directory with a vae/; "" is the packaged one
     config.teacher = ""  # Stable Diffusion directory with a text encoder; "" is the packaged one
     config.drop_prompt = 0.1  # share of captions left out, for classifier-free guidance

@@ -17,7 +17,9 @@ def get_config() -> ConfigDict:
     config.task = "text_encoder"
     config.tokenizer = ""  # "" is the packaged CLIP-style one
     config.steps = 300
-    del config.init, config.train_vit
+    config.batch_size = 256
+    config.optimizer.learning_rate = 2.5e-3
+    del config.init, config.train_vit, config.query_gain
 
     vit = config.model.vit
     vit.depth = 2

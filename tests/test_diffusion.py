@@ -14,11 +14,10 @@ from seed_jax.cli import UserError
 from seed_jax.diffusion import StableDiffusion
 from seed_jax.interop import diffusers_weights
 from seed_jax.models.layers import Compute
-from tests.test_diffusion_samplers import CONFIG
-from tests.test_diffusion_weights import UNET, random_model
-from tests.tiny import VOCABULARY, text_tokenizer
+from tests.test_diffusion_weights import random_model
+from tests.tiny import text_tokenizer
+from tests.tiny_diffusion import STATES, WIDTH, save_stable_diffusion
 
-WIDTH, STATES = UNET.cross_attention_dim, 7
 QUICK = {"steps": 2, "scheduler": "ddim"}
 
 

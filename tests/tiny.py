@@ -46,7 +46,7 @@ TOKENIZER = TokenizerConfig(
     codebook=CodebookConfig(size=CODES, dim=4),
     decoder_heads=2,
     decoder_depth=1,
-    generation=GenerationConfig(queries=3, depth=1, output_dim=8),
+    generation=GenerationConfig(queries=7, depth=1, output_dim=12),
 )
 
 

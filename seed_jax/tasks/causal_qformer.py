@@ -45,8 +45,15 @@ class CausalQFormer:
         return {"text": TextField(self.tokenizer, self.sizes.text_length)}
 
     def prepare(self, model: CausalEncoder, batches: Any) -> None:
+        """Starts from a model directory, or from chance with queries that look at different things.
+
+        Attention is all but uniform at first, so that every query sees the same; if the queries
+        stay alike, so do the codes of a picture, and 32 of them say little more than one.
+        """
         if self.config.init:
             model_dir.load_into(model, self.config.init, KIND)
+        else:
+            model.qformer.cross.query.kernel[...] *= self.config.query_gain
 
     def loss(
         self, model: CausalEncoder, batch: Batch, key: jax.Array

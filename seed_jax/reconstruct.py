@@ -1,0 +1,237 @@
+"""Pictures or codes to pictures: `python -m seed_jax.reconstruct --model DIR --images PATH ...`.
+
+A picture becomes codes, the codes generation embeddings, and Stable Diffusion draws from those. In
+OUTPUT lies a PNG for each, under its own name, and sheet.png with the originals beside.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+from tqdm import tqdm
+
+from seed_jax import cli, inference, model_dir
+from seed_jax.cli import UserError
+from seed_jax.data import pipeline
+from seed_jax.data.sources import PICTURE_SUFFIXES, Source
+from seed_jax.diffusion import StableDiffusion
+from seed_jax.models.layers import Compute
+from seed_jax.models.tokenizer import SeedTokenizer
+from seed_jax.samplers import SAMPLERS
+from seed_jax.tasks import PRECISIONS
+from seed_jax.tokenize import HASH_DIGITS, open_pictures
+
+CODES_SUFFIX = ".jsonl"
+ON_SHEET = 24
+SHEET_COLUMNS = 4
+
+
+class Codes(NamedTuple):
+    """A batch of pictures as codes.
+
+    Attributes:
+      names: what the pictures are called.
+      codes_BQ: int32.
+      originals: the pictures; None where only codes are at hand.
+    """
+
+    names: list[str]
+    codes_BQ: np.ndarray
+    originals: list[np.ndarray | None]
+
+
+def read_codes(path: Path, model: SeedTokenizer, model_hash: str, batch: int) -> list[Codes]:
+    """Batches of the lines that `seed_jax.tokenize` wrote.
+
+    Raises:
+      UserError: a line is no line of codes, has another number of them, or codes that the model's
+        codebook does not have; or another model wrote it.
+    """
+    queries, size = model.config.encoder.qformer.queries, model.config.codebook.size
+    names, rows = [], []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        where = f"{path}:{number}"
+        try:
+            entry = json.loads(line)
+            name, codes = str(entry["image"]), [int(code) for code in entry["codes"]]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(
+                f'{where} is no line of codes, {{"image": name, "codes": [integers]}}'
+            ) from None
+        if len(codes) != queries:
+            raise UserError(f"{where} has {len(codes)} codes; this model makes {queries} a picture")
+        if wrong := [code for code in codes if not 0 <= code < size]:
+            raise UserError(f"{where}: there is no code {wrong[0]}; they go from 0 to {size - 1}")
+        if entry.get("model", model_hash) != model_hash:
+            raise UserError(
+                f"{where} was written with another model ({entry['model']}, this is {model_hash}), "
+                "whose codes mean other things; name that one as --model"
+            )
+        names.append(name)
+        rows.append(codes)
+    if not rows:
+        raise UserError(f"{path} holds no codes; seed_jax.tokenize writes them")
+    starts = range(0, len(rows), batch)
+    parts = [(names[i : i + batch], np.array(rows[i : i + batch], np.int32)) for i in starts]
+    return [Codes(part, codes_BQ, [None] * len(part)) for part, codes_BQ in parts]
+
+
+class PictureCodes:
+    """The pictures of a path as batches of codes, made as they are asked for."""
+
+    def __init__(self, source: Source, runner: inference.Runner, *, batch: int, image_size: int):
+        self._source = source
+        self._encode = runner.compile(SeedTokenizer.encode)
+        self._batches = pipeline.eval_batches(source, batch_size=batch, image_size=image_size)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __iter__(self) -> Iterator[Codes]:
+        for batch in self._batches:
+            codes_BQ = np.asarray(self._encode(batch["image"]))[batch["valid"]]
+            indices = batch["index"][batch["valid"]].tolist()
+            names = [self._source.name(i) for i in indices]
+            yield Codes(names, codes_BQ, list(batch["image"][batch["valid"]]))
+        inference.report_unreadable(self._batches.unreadable)
+
+
+def reconstruct(args: argparse.Namespace) -> None:
+    """Draws every picture from its codes, a batch at a time.
+
+    Raises:
+      UserError: bad paths or codes, or models that do not fit one another.
+    """
+    model_hash = model_dir.describe(args.model)["content_hash"][:HASH_DIGITS]
+    model = SeedTokenizer.from_pretrained(args.model)
+    if model.config.generation.kind != "reverse_qformer" or model.config.generation.queries == 1:
+        raise UserError(
+            f"{args.model} makes one image embedding of the codes, for unCLIP; Stable Diffusion "
+            "1.x draws from text states"
+        )
+    diffusion = StableDiffusion.from_pretrained(
+        args.diffusion, compute=Compute(PRECISIONS[args.precision])
+    )
+    if (width := model.config.generation.output_dim) != diffusion.width:
+        raise UserError(
+            f"{args.model} makes generation embeddings {width} wide, but {args.diffusion} draws "
+            f"from {diffusion.width}; train stage 2 with config.teacher={args.diffusion}"
+        )
+    runner = inference.Runner(model)
+    batch = runner.batch_size(args.batch_size)
+    if args.images.suffix == CODES_SUFFIX:
+        batches: list[Codes] | PictureCodes = read_codes(args.images, model, model_hash, batch)
+        total = sum(len(part.names) for part in batches)
+    else:
+        source = open_pictures(args.images, args.split)
+        side = model.config.encoder.vit.image_size
+        batches = PictureCodes(source, runner, batch=batch, image_size=side)
+        total = len(batches)
+    embed = runner.compile(SeedTokenizer.embed)
+
+    shown: list[tuple[str, np.ndarray | None, np.ndarray]] = []
+    drawn = 0
+    with tqdm(total=total, unit="picture", dynamic_ncols=True) as bar:
+        for part in batches:
+            count = len(part.names)
+            # Padded, so that one shape is compiled.
+            codes_BQ = np.pad(part.codes_BQ, ((0, batch - count), (0, 0)), mode="edge")
+            pictures = np.asarray(
+                diffusion.draw(
+                    embed(codes_BQ),
+                    steps=args.steps,
+                    guidance_scale=args.guidance_scale,
+                    scheduler=args.scheduler,
+                    seed=args.seed,
+                    first=drawn,
+                )
+            )[:count]
+            for name, picture in zip(part.names, pictures, strict=True):
+                file = output_name(args.output, name)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(picture).save(file)
+            shown += zip(part.names, part.originals, pictures, strict=True)
+            del shown[ON_SHEET:]
+            drawn += count
+            bar.update(count)
+    draw_sheet(shown, args.output / "sheet.png")
+    print(f"drew {drawn} pictures into {args.output}; {args.output / 'sheet.png'} shows the first")
+
+
+def output_name(folder: Path, name: str) -> Path:
+    """Where the drawing of a picture goes: below `folder`, whatever the name says."""
+    path = Path(name)
+    parts = [part for part in path.parts if part not in (path.anchor, "..")]
+    stem = path.stem if path.suffix.lower() in PICTURE_SUFFIXES else path.name
+    return folder.joinpath(*parts[:-1], f"{stem}.png")
+
+
+def draw_sheet(shown: list[tuple[str, np.ndarray | None, np.ndarray]], output: Path) -> None:
+    """Originals, where there are any, and what was drawn, side by side."""
+    rows = -(-len(shown) // SHEET_COLUMNS)
+    figure = Figure(figsize=(4.2 * SHEET_COLUMNS, 2.4 * rows), layout="constrained")
+    axes = figure.subplots(rows, 2 * SHEET_COLUMNS, squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for (name, original, drawing), pair in zip(shown, axes.reshape(-1, 2), strict=False):
+        pair[0].set_title(name, fontsize=8, loc="left")
+        if original is not None:
+            pair[0].imshow(original, interpolation="lanczos")
+        pair[1].imshow(drawing, interpolation="lanczos")
+        pair[1].set_title("from its codes", fontsize=8, loc="left", color="#57606a")
+    figure.savefig(output, dpi=100, facecolor="white")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m seed_jax.reconstruct",
+        description="Turns pictures into codes and draws them again with Stable Diffusion.",
+    )
+    inference.add_arguments(parser)
+    parser.add_argument(
+        "--images",
+        required=True,
+        type=Path,
+        metavar="PATH",
+        help="pictures, as for seed_jax.tokenize, or the codes.jsonl that it wrote",
+    )
+    parser.add_argument(
+        "--output", required=True, type=output_folder, metavar="DIR", help="where drawings go"
+    )
+    parser.add_argument(
+        "--diffusion",
+        required=True,
+        metavar="DIR",
+        help="Stable Diffusion 1.x, a directory in diffusers layout or a hub name: the one whose "
+        "text encoder was config.teacher of stage 2",
+    )
+    parser.add_argument("--steps", type=int, default=50, metavar="N", help="of the sampler (50)")
+    parser.add_argument("--scheduler", choices=SAMPLERS, default="pndm", help="sampler (pndm)")
+    parser.add_argument(
+        "--guidance-scale",
+        type=float,
+        default=7.5,
+        metavar="X",
+        help="how far to go beyond what would be drawn from nothing (7.5); 1 for no guidance",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise (0)")
+    parser.add_argument("--precision", choices=PRECISIONS, default="float32", help="of the U-Net")
+    reconstruct(parser.parse_args(argv))
+
+
+def output_folder(text: str) -> Path:
+    """The type of an argument that names a folder to write into."""
+    path = Path(text)
+    if path.exists() and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is a file; name a folder")
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+if __name__ == "__main__":
+    cli.run(main)

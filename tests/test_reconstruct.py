@@ -1,0 +1,96 @@
+"""Pictures and codes drawn again through the command line, and what it refuses."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import CODES, QUERIES, save_tokenizer, write_pictures
+
+from seed_jax import tokenize
+from seed_jax.cli import UserError
+from seed_jax.reconstruct import main, output_name
+from tests.tiny_diffusion import save_stable_diffusion
+
+PICTURES = 5
+
+
+@pytest.fixture(scope="module")
+def there(tmp_path_factory) -> Path:
+    """model/, diffusion/, pictures/ and codes.jsonl."""
+    folder = tmp_path_factory.mktemp("reconstruct")
+    save_tokenizer(folder / "model")
+    save_stable_diffusion(folder / "diffusion")
+    write_pictures(folder / "pictures", PICTURES)
+    arguments = {"model": "model", "images": "pictures", "output": "codes.jsonl"}
+    tokenize.main([f"--{name}={folder / path}" for name, path in arguments.items()])
+    return folder
+
+
+def reconstruct(there: Path, images: Path, output: Path, *options: str) -> dict[str, np.ndarray]:
+    arguments = {
+        "model": there / "model",
+        "diffusion": there / "diffusion",
+        "images": images,
+        "output": output,
+        "steps": 2,
+        "batch-size": 3,
+    }
+    main([*(f"--{name}={value}" for name, value in arguments.items()), *options])
+    return {file.name: np.asarray(Image.open(file)) for file in output.glob("*.png")}
+
+
+def test_pictures_and_their_codes_are_drawn_alike(there, tmp_path):
+    drawn = reconstruct(there, there / "pictures", tmp_path / "pictures")
+    assert sorted(drawn) == [*(f"{i:03}.png" for i in range(PICTURES)), "sheet.png"]
+    assert drawn["000.png"].std() > 1
+    again = reconstruct(there, there / "codes.jsonl", tmp_path / "codes")
+    for name in drawn.keys() - {"sheet.png"}:
+        np.testing.assert_array_equal(drawn[name], again[name])
+    assert (drawn["000.png"] != drawn["001.png"]).any()
+
+
+def line(**changes) -> str:
+    return json.dumps({"image": "a.png", "codes": [0] * QUERIES} | changes) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (line(codes=[0] * (QUERIES - 1)), rf"codes.jsonl:1 has {QUERIES - 1} codes; this model"),
+        (
+            line(codes=[CODES] * QUERIES),
+            rf"no code {CODES}; they go from 0 to {CODES - 1}",
+        ),
+        (line(codes=[-1] * QUERIES), "there is no code -1"),
+        (line() + line(model="another"), "codes.jsonl:2 was written with another model"),
+        ("[1, 2]\n", "codes.jsonl:1 is no line of codes"),
+        ("", "holds no codes"),
+    ],
+)
+def test_bad_codes(there, tmp_path, text, message):
+    codes = tmp_path / "codes.jsonl"
+    codes.write_text(text)
+    with pytest.raises(UserError, match=message):
+        reconstruct(there, codes, tmp_path / "out")
+
+
+def test_models_that_do_not_fit(there, tmp_path):
+    diffusion = shutil.copytree(there / "diffusion", tmp_path / "diffusion")
+    config = diffusion / "unet" / "config.json"
+    facts = json.loads(config.read_text())
+    shutil.rmtree(diffusion / "text_encoder")
+    config.write_text(json.dumps(facts | {"use_linear_projection": True}))
+    with pytest.raises(UserError, match=r"Stable Diffusion 2\.x"):
+        reconstruct(there, there / "pictures", tmp_path / "out", f"--diffusion={diffusion}")
+    shutil.rmtree(diffusion / "unet")
+    with pytest.raises(UserError, match="has no unet/"):
+        reconstruct(there, there / "pictures", tmp_path / "out", f"--diffusion={diffusion}")
+
+
+def test_drawings_stay_in_their_folder():
+    assert output_name(Path("out"), "cats/1.jpg") == Path("out/cats/1.png")
+    assert output_name(Path("out"), "noto/1f34e") == Path("out/noto/1f34e.png")
+    assert output_name(Path("out"), "/root/../../a.b.webp") == Path("out/root/a.b.png")
