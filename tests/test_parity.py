@@ -6,14 +6,19 @@ runs on any directory of the form that tests/golden/README.md describes: every s
 manifests. Tolerances are the data's own and never loosened.
 """
 
+import hashlib
+import json
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from golden_case import Case, matches
+from golden_case import Case, matches, read
 
 from seed_jax import losses
+from seed_jax.data import transforms
 from seed_jax.interop import keys
 from seed_jax.interop.state_dict import load
 from seed_jax.models import layers
@@ -77,6 +82,24 @@ def generation_parts(head, x, blocks: str, reverse: str):
 def see(case: Case, encoder: CausalEncoder, image) -> jax.Array:
     """The ViT's output, or the stored one where the ViT was left out."""
     return jnp.asarray(case.io["out/vit_out"]) if image is None else encoder.vit(image)
+
+
+def test_preprocess(golden):
+    folder = golden / "preprocess"
+    photos = json.loads((folder / "manifest.json").read_text())["photos"]
+    stored = read(folder / "io.safetensors")
+    for name, facts in photos.items():
+        image = transforms.decode((folder / name).read_bytes())
+        sha = hashlib.sha256(image.tobytes()).hexdigest()
+        assert sha == facts["sha256_of_decoded_RGB_bytes"], f"{name}: another decoder"
+        case = Path(name).stem
+        size = stored[f"out/{case}/resized_uint8"].shape[0]
+        pixels = transforms.resize(image, size)
+        values = jax.jit(transforms.normalize)(pixels[None])[0]
+        np.testing.assert_array_equal(pixels, stored[f"out/{case}/resized_uint8"])
+        expected = stored[f"out/{case}/pixel_values"].transpose(1, 2, 0)
+        limit = 1e-5 * np.abs(expected).max()
+        np.testing.assert_allclose(values, expected, rtol=0, atol=limit)
 
 
 def test_eva_vit(golden):
