@@ -10,7 +10,7 @@ from configs import causal_qformer
 
 def get_config() -> ConfigDict:
     config = causal_qformer.get_config().unlock()
-    config.steps = 700
+    config.steps = 750
     config.batch_size = 128
     config.image_size = 64
     config.precision = "float32"
@@ -20,11 +20,11 @@ def get_config() -> ConfigDict:
     config.query_gain = 6.0
     config.tokenizer = ""
 
-    config.model.vit.update(image_size=64, patch_size=16, width=128, depth=4, heads=4, mlp_dim=512)
+    config.model.vit.update(image_size=64, patch_size=16, width=128, depth=4, heads=2, mlp_dim=512)
     config.model.qformer.update(
         width=128,
         depth=2,
-        heads=4,
+        heads=2,
         mlp_dim=256,
         encoder_width=128,
         dropout=0.0,

@@ -44,6 +44,9 @@ def small(config: ConfigDict, **changes) -> ConfigDict:
         config.model.vit.update(image_size=32, patch_size=16, width=32, depth=2, mlp_dim=64)
     if "qformer" in config.model:
         config.model.qformer.update(width=32, depth=2, mlp_dim=64, encoder_width=32)
+    if "block_out_channels" in config.model:  # of a U-Net or an autoencoder
+        channels = config.model.block_out_channels
+        config.model.update(block_out_channels=(8,) * len(channels), norm_num_groups=4)
     config.update_from_flattened_dict(changes)
     return config.lock()
 
