@@ -37,7 +37,7 @@ def get_config() -> ConfigDict:
         split="train",
         cache=True,
         workers=0,
-        max_tags=8,
+        max_tags=0,  # the teacher's states of the caption alone: one target a picture
         crop_scale=(0.7, 1.0),
     )
     config.log_every = 10

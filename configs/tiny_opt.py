@@ -1,7 +1,7 @@
 """The packaged base of the tiny SEED-OPT: a small OPT on the embedded captions and tags.
 
 python -m seed_jax.train --config configs/tiny_opt.py --workdir runs/tiny_opt
-cp runs/tiny_opt/model/* seed_jax/assets/tiny_opt/
+cp runs/tiny_opt/model/{config.json,model.safetensors} seed_jax/assets/tiny_opt/
 
 Two CPU cores: about two minutes.
 """
@@ -15,8 +15,8 @@ from seed_jax.data.sequences import CAPTION_PROMPT, DRAWING_PROMPT, QUESTION_PRO
 def get_config() -> ConfigDict:
     config = tiny_causal_qformer.get_config().unlock()
     config.task = "language_model"
-    config.steps = 300
-    config.batch_size = 256  # captions in a step
+    config.steps = 150
+    config.batch_size = 224  # captions in a step
     config.image_size = 0  # pictures are not read
     config.tokenizer = ""  # "" is the packaged small one
     del config.init, config.train_vit, config.loss
@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
     config.sequences = ConfigDict(
         {
             "row_length": 128,  # tokens of a row
-            "per_row": 8,  # captions packed into it; those that find no room are left out
+            "per_row": 7,  # captions packed into it; those that find no room are left out
             # One of these is drawn to stand before the caption.
             "prompts": (
                 "",

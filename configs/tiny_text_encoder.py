@@ -13,7 +13,7 @@ def get_config() -> ConfigDict:
     config = tiny_causal_qformer.get_config().unlock()
     config.task = "text_encoder"
     config.tokenizer = ""  # "" is the packaged CLIP-style one
-    config.steps = 200
+    config.steps = 300
     del config.init, config.train_vit
 
     vit = config.model.vit
@@ -21,11 +21,11 @@ def get_config() -> ConfigDict:
     config.model = ConfigDict(
         {
             "vit": vit,
-            "hidden_size": 64,  # width of the text states
-            "intermediate_size": 256,
+            "hidden_size": 128,  # width of the text states
+            "intermediate_size": 512,
             "num_hidden_layers": 2,
             "num_attention_heads": 4,
-            "contrastive_dim": 64,
+            "contrastive_dim": 128,
         }
     )
     return config.lock()

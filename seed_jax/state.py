@@ -101,7 +101,7 @@ def make_train_step(
 
         grads, (metrics, aux) = jax.grad(scaled_loss, has_aux=True)(state.params)
         grads = jax.tree.map(lambda g: g / state.loss_scale.value, grads)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
 

@@ -24,8 +24,10 @@ from seed_jax.cli import UserError
 from seed_jax.data import pipeline, sources
 from seed_jax.metrics import MetricsWriter
 from seed_jax.tasks import Task
+from seed_jax.tasks.autoencoder import AutoencoderKL
 from seed_jax.tasks.causal_qformer import CausalQFormer
 from seed_jax.tasks.codebook import Codebook
+from seed_jax.tasks.diffusion import Diffusion
 from seed_jax.tasks.language_model import LanguageModel
 from seed_jax.tasks.seed_opt import SeedOPTTraining
 from seed_jax.tasks.text_encoder import TextEncoder
@@ -36,6 +38,8 @@ TASKS: dict[str, type[Task]] = {
     "text_encoder": TextEncoder,
     "language_model": LanguageModel,
     "seed_opt": SeedOPTTraining,
+    "autoencoder": AutoencoderKL,
+    "diffusion": Diffusion,
 }
 
 # What may differ between two runs in one workdir: how long, how often, and on which machines.
@@ -199,7 +203,9 @@ def parse_flags(argv: list[str]) -> list[str]:
     """
     try:
         rest = flags.FLAGS(argv)
-        if isinstance(_CONFIG.value, ConfigDict) and _WORKDIR.value and not rest[1:]:
+        if _CONFIG.value is not None and _WORKDIR.value and not rest[1:]:
+            # A file that could not be loaded raises its error here, at the first use.
+            _CONFIG.value.lock()
             return rest
     except (flags.Error, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(" ".join(str(error).replace("\\n", " ").split())) from None

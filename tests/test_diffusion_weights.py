@@ -11,7 +11,7 @@ from flax import nnx, serialization, traverse_util
 
 from seed_jax import model_dir
 from seed_jax.cli import UserError
-from seed_jax.interop import diffusers_weights
+from seed_jax.interop import diffusers_weights, state_dict
 from seed_jax.models.layers import Compute
 from seed_jax.models.stable_diffusion import Autoencoder, AutoencoderConfig, UNet, UNetConfig
 
@@ -163,3 +163,26 @@ def test_all_weights_that_do_not_fit_are_named(tmp_path):
         load("unet", file)
     for part in ("conv_in.bias", "unexpected: extra.weight", "conv_out.bias 3, not 4"):
         assert part in str(error.value)
+
+
+def test_the_published_sizes_have_pytorchs_names():
+    import torch
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    with torch.device("meta"):
+        levels = AutoencoderConfig().block_out_channels
+        theirs = {
+            UNet: UNet2DConditionModel(cross_attention_dim=768),
+            Autoencoder: AutoencoderKL(
+                block_out_channels=levels,
+                layers_per_block=2,
+                down_block_types=["DownEncoderBlock2D"] * len(levels),
+                up_block_types=["UpDecoderBlock2D"] * len(levels),
+            ),
+        }
+    for build, config in {UNet: UNetConfig(), Autoencoder: AutoencoderConfig()}.items():
+        ours = nnx.eval_shape(lambda b=build, c=config: b(c, compute=Compute(), rngs=nnx.Rngs(0)))
+        table = diffusers_weights.table(ours)
+        assert state_dict.key_shapes(table, nnx.state(ours)) == {
+            key: tuple(value.shape) for key, value in theirs[build].state_dict().items()
+        }

@@ -15,11 +15,20 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from configs import tiny_causal_qformer, tiny_codebook, tiny_text_encoder
+from configs import (
+    tiny_autoencoder,
+    tiny_causal_qformer,
+    tiny_codebook,
+    tiny_diffusion,
+    tiny_text_encoder,
+)
 from seed_jax import SeedTokenizer
 from seed_jax.cli import UserError
+from seed_jax.diffusion import StableDiffusion
+from seed_jax.interop import diffusers_folder
 from seed_jax.metrics import MetricsWriter
 from seed_jax.models import teacher
+from seed_jax.models.stable_diffusion import AutoencoderConfig
 from seed_jax.train import train
 
 ROOT = Path(__file__).parents[1]
@@ -39,8 +48,12 @@ def small(config: ConfigDict, **changes) -> ConfigDict:
     return config.lock()
 
 
+def metrics(workdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
 def losses(workdir: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").open()]
+    return [row["loss"] for row in metrics(workdir)]
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +78,7 @@ def test_both_stages_and_the_tokenizer_they_make(stage1, tmp_path, caplog):
         train(config, tmp_path)
     assert compiles_of(caplog, "train_step") == 1
 
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
+    rows = metrics(tmp_path)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
     for row in rows:
         parts = row["loss_vq"] + row["loss_reconstruction"] + row["loss_generation"]
@@ -107,8 +120,7 @@ def test_a_run_killed_in_the_middle_goes_on_bitwise(tmp_path, caplog):
 def test_a_longer_run_starts_where_a_shorter_one_ended(stage1):
     before = len(losses(stage1))
     train(small(tiny_causal_qformer.get_config(), steps=before + 2), stage1)
-    rows = [json.loads(line)["step"] for line in (stage1 / "metrics.jsonl").open()]
-    assert rows == list(range(1, before + 3))
+    assert [row["step"] for row in metrics(stage1)] == list(range(1, before + 3))
 
 
 @pytest.mark.parametrize("precision", ["float16", "bfloat16"])
@@ -119,14 +131,32 @@ def test_half_precision_trains_both_stages(tmp_path, precision):
     train(small(tiny_codebook.get_config(), precision=precision, init=init), tmp_path / "2")
     for workdir in (tmp_path / "1", tmp_path / "2"):
         assert np.isfinite(losses(workdir)).all()
-    skipped = [json.loads(line).get("skipped") for line in (tmp_path / "2/metrics.jsonl").open()]
+    skipped = [row.get("skipped") for row in metrics(tmp_path / "2")]
     assert skipped == ([0] * 4 if precision == "float16" else [None] * 4)
 
 
-def test_the_text_encoder_that_is_packaged_can_be_trained_again(tmp_path):
-    train(small(tiny_text_encoder.get_config()), tmp_path)
-    assert teacher.load_config(str(tmp_path / "model")).hidden_size == 64
-    assert np.isfinite(losses(tmp_path)).all()
+def test_the_packaged_stable_diffusion_can_be_trained_again(tmp_path):
+    train(small(tiny_text_encoder.get_config()), tmp_path / "text_encoder")
+    assert teacher.load_config(str(tmp_path / "text_encoder/model")).hidden_size == 128
+
+    train(small(tiny_autoencoder.get_config()), tmp_path / "autoencoder")
+    autoencoder = str(tmp_path / "autoencoder/model")
+    scale = diffusers_folder.read_autoencoder(autoencoder).config.scaling_factor
+    assert np.isfinite(scale)
+    assert scale not in (1.0, AutoencoderConfig().scaling_factor)
+
+    config = small(
+        tiny_diffusion.get_config(),
+        autoencoder=autoencoder,
+        teacher=str(tmp_path / "text_encoder/model"),
+    )
+    train(config, tmp_path / "diffusion")
+    for stage in ("text_encoder", "autoencoder", "diffusion"):
+        assert np.isfinite(losses(tmp_path / stage)).all()
+    drawer = StableDiffusion.from_pretrained(str(tmp_path / "diffusion/model"))
+    pictures = drawer.draw(drawer.text_states(["a cat"]), steps=2)
+    assert pictures.shape == (1, 64, 64, 3)
+    assert pictures.dtype == np.uint8
 
 
 def test_another_config_in_the_same_workdir_is_refused(stage1):
@@ -196,12 +226,12 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
         stderr=subprocess.PIPE,
         text=True,
     )
-    metrics = tmp_path / "metrics.jsonl"
-    while run.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > 2):
+    written = tmp_path / "metrics.jsonl"
+    while run.poll() is None and not (written.exists() and written.read_text().count("\n") > 2):
         time.sleep(0.2)
     run.send_signal(signal.SIGINT)
     out, _ = run.communicate(timeout=120)
     assert run.returncode == 128 + signal.SIGINT
     assert "saved" in out
-    stopped = max(json.loads(line)["step"] for line in metrics.open())
+    stopped = max(row["step"] for row in metrics(tmp_path))
     assert [int(p.name) for p in (tmp_path / "checkpoints").iterdir()] == [stopped]

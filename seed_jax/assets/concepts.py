@@ -96,7 +96,7 @@ HEAD_WORDS = {
     "baby bottle": "bottle",
     "magnifying glass": "magnifying glass",
     "eyewear": "glasses|sunglasses|goggles",
-    "dog": "dog|poodle",
+    "dog": "(?<!hot )dog|poodle",
     "cat": "cat",
     "monkey": "monkey",
     "horse": "horse",

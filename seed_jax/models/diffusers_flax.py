@@ -5,16 +5,20 @@ The last release that has them is pinned; other messages of diffusers still show
 
 import logging
 
-from diffusers.utils import logging as diffusers_logging
-
 
 def _other_than_deprecation(record: logging.LogRecord) -> bool:
     return "Flax classes are deprecated" not in record.getMessage()
 
 
-diffusers_logging.get_logger(__name__)  # makes the handlers, if nothing has yet
-for _handler in logging.getLogger("diffusers").handlers:
-    _handler.addFilter(_other_than_deprecation)
+for _module in (
+    "attention_flax",
+    "embeddings_flax",
+    "resnet_flax",
+    "unets.unet_2d_blocks_flax",
+    "unets.unet_2d_condition_flax",
+    "vae_flax",
+):
+    logging.getLogger(f"diffusers.models.{_module}").addFilter(_other_than_deprecation)
 
 # They log on import already.
 # ruff: noqa: E402

@@ -38,7 +38,8 @@ from seed_jax.models.diffusers_flax import (
     FlaxUpsample2D,
     FlaxUpsampleVAE,
 )
-from seed_jax.models.layers import Array, attention, gelu
+from seed_jax.models.layers import Array, gelu
+from seed_jax.models.picture_attention import picture_attention
 
 # Of the U-Net's transformers, fixed in PyTorch's.
 TRANSFORMER_NORM_EPSILON = 1e-6
@@ -122,7 +123,7 @@ def _attention(
     def heads(y_BTD: Array) -> Array:
         return y_BTD.reshape(*y_BTD.shape[:2], module.heads, module.dim_head)
 
-    mixed_BTNH = attention(
+    mixed_BTNH = picture_attention(
         heads(module.query(x_BTD)),
         heads(module.key(context_BSD)),
         heads(module.value(context_BSD)),
@@ -135,7 +136,7 @@ def _vae_attention(module: FlaxAttentionBlock, settings: Settings | None, x_BHWD
     batch, *_, width = x_BHWD.shape
     x_BTD = module.group_norm(x_BHWD).reshape(batch, -1, width)
     q_BTD, k_BTD, v_BTD = module.query(x_BTD), module.key(x_BTD), module.value(x_BTD)
-    mixed_BTNH = attention(*(y_BTD[:, :, None] for y_BTD in (q_BTD, k_BTD, v_BTD)))
+    mixed_BTNH = picture_attention(*(y_BTD[:, :, None] for y_BTD in (q_BTD, k_BTD, v_BTD)))
     return module.proj_attn(mixed_BTNH[:, :, 0]).reshape(x_BHWD.shape) + x_BHWD
 
 

@@ -75,10 +75,12 @@ def gelu(x: Array) -> Array:
     return jax.nn.gelu(x, approximate=False)
 
 
-def _flash_available(dtype: Any) -> bool:
+def _flash_available(dtype: Any, head_dim: int) -> bool:
     if jax.default_backend() != "gpu" or dtype not in (jnp.float16, jnp.bfloat16):
         return False
-    return float(jax.devices()[0].compute_capability) >= 8.0
+    capability = float(jax.devices()[0].compute_capability)
+    largest = 256 if capability >= 9.0 else 128
+    return capability >= 8.0 and head_dim <= largest and head_dim % 8 == 0
 
 
 def attention(
@@ -113,7 +115,9 @@ def attention(
     if dtype == jnp.float16 and jax.default_backend() == "cpu":
         # XLA's CPU backend lacks the float16 product with float32 sums that is asked for below.
         q_BTNH, k_BSNH, v_BSNH = (a.astype(jnp.float32) for a in (q_BTNH, k_BSNH, v_BSNH))
-    implementation: Literal["cudnn", "xla"] = "cudnn" if _flash_available(dtype) else "xla"
+    implementation: Literal["cudnn", "xla"] = (
+        "cudnn" if _flash_available(dtype, q_BTNH.shape[-1]) else "xla"
+    )
     return jax.nn.dot_product_attention(
         q_BTNH, k_BSNH, v_BSNH, mask=mask, implementation=implementation
     ).astype(dtype)

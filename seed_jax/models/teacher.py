@@ -54,16 +54,14 @@ class TextTeacher(nnx.Module):
         """Takes the weights of a text encoder; see `locate` for `path`."""
         folder, subfolder = locate(path, "text_encoder")
         try:
-            _, params = FlaxCLIPTextModel.from_pretrained(
-                folder, subfolder=subfolder, _do_init=False
-            )
+            # Initialised too, without which it can't convert weights in PyTorch's layout.
+            params = FlaxCLIPTextModel.from_pretrained(folder, subfolder=subfolder).params
         except OSError as error:
             raise UserError(f"{path}: no text encoder: {str(error).splitlines()[0]}") from error
         for name, value in traverse_util.flatten_dict(params, sep="/").items():
-            variable = self.params[name]
-            variable[...] = jax.device_put(
-                value.astype(variable[...].dtype), variable[...].sharding
-            )
+            old = self.params[name].get_value()  # an abstract one will do
+            new = jax.device_put(value.astype(old.dtype), old.sharding)
+            self.params[name].set_value(new)
 
 
 def locate(path: str, part: str) -> tuple[str, str]:

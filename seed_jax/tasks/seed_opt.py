@@ -22,10 +22,10 @@ from seed_jax.interop import opt_weights
 from seed_jax.models.lora import LoRAConfig
 from seed_jax.models.tokenizer import SeedTokenizer, TokenizerConfig
 from seed_jax.models.visual_opt import VisualOPT, VisualOPTConfig
+from seed_jax.seed_opt import KIND
 from seed_jax.tasks import Batch, codebook, compute_of
 from seed_jax.tasks.language_model import PACKAGED
 
-KIND = "seed_opt"
 ADAPTERS = ("lora_a", "lora_b")
 VISUAL = ("project", "rows", "outputs")
 
@@ -55,15 +55,10 @@ class SeedOPTTraining:
                 f"config.image_size is {config.image_size}, but the tokenizer in config.init takes "
                 f"pictures of {self.tokenizer_sizes.encoder.vit.image_size} pixels"
             )
-        if config.batch_size % config.sequences.per_row:
-            raise UserError(
-                f"config.batch_size={config.batch_size} is not a multiple of "
-                f"config.sequences.per_row={config.sequences.per_row}"
-            )
         self.base = config.opt or str(PACKAGED)
-        self.text_tokenizer = load_tokenizer(self.base)
         lora = model_dir.from_dict(LoRAConfig, config.model.lora.to_dict(), "config.model.lora")
         opt = opt_weights.read_config(self.base)
+        self.text_tokenizer = load_tokenizer(self.base)
         self.sizes = VisualOPTConfig(
             opt=dataclasses.replace(opt, dropout=config.model.dropout, lora=lora),
             codes=self.tokenizer_sizes.codebook.size,
@@ -74,10 +69,12 @@ class SeedOPTTraining:
 
     def build(self, *, rngs: nnx.Rngs) -> TokenizedOPT:
         compute = compute_of(self.config)
+        # First, so that it begins alike with the tokenizer and without.
+        model = VisualOPT(self.sizes, compute=compute, rngs=rngs)
         tokenizer = None
         if not self.config.codes:
             tokenizer = SeedTokenizer(self.tokenizer_sizes, compute=compute, rngs=rngs)
-        return TokenizedOPT(tokenizer, VisualOPT(self.sizes, compute=compute, rngs=rngs))
+        return TokenizedOPT(tokenizer, model)
 
     def trains(self, path: tuple) -> bool:
         if path[0] != "model":
@@ -165,4 +162,6 @@ def fill_in(ids_RT: jax.Array, codes_PQ: jax.Array) -> jax.Array:
 def put(variable: nnx.Variable, value: jax.Array) -> None:
     """Replaces a parameter's value, keeping its type and sharding."""
     old = variable.get_value()
-    variable.set_value(jax.device_put(value.astype(old.dtype), old.sharding))
+    # A copy: the step takes over the memory of its state, and may not be given any of it twice.
+    copied = jnp.array(value, old.dtype, copy=True)
+    variable.set_value(jax.device_put(copied, old.sharding))

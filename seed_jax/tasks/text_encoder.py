@@ -22,6 +22,9 @@ from seed_jax.models.tokenizer import l2_normalize
 from seed_jax.models.vit import ViT, ViTConfig
 from seed_jax.tasks import Batch, compute_of
 
+# What `FlaxCLIPTextModel` draws its weights with.
+DRAWN_DEVIATION = 0.01
+
 
 @dataclasses.dataclass(frozen=True)
 class PairConfig:
@@ -94,7 +97,15 @@ class TextEncoder:
         return {"prompt": TextField(self.tokenizer, self.tokenizer.model_max_length)}
 
     def prepare(self, model: Clip, batches: Any) -> None:
-        """Starts from chance."""
+        """Starts from chance, with weights as large as their width asks for.
+
+        transformers draws them all with one small deviation, from which a narrow model hardly
+        learns.
+        """
+        for name, param in model.text.params.items():
+            if name.endswith(("kernel", "embedding")):
+                width = param.shape[-1 if name.endswith("embedding") else 0]
+                param[...] *= width**-0.5 / DRAWN_DEVIATION
 
     def loss(
         self, model: Clip, batch: Batch, key: jax.Array

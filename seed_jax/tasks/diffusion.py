@@ -1,0 +1,139 @@
+"""A U-Net of Stable Diffusion's kind: learns to draw pictures from the text states of captions."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from ml_collections import ConfigDict
+
+from seed_jax import model_dir, samplers
+from seed_jax.cli import UserError
+from seed_jax.data.text import TextField, load_tokenizer
+from seed_jax.interop import diffusers_folder, diffusers_weights
+from seed_jax.models import teacher
+from seed_jax.models.stable_diffusion import Autoencoder, UNet, UNetConfig
+from seed_jax.models.teacher import TextTeacher
+from seed_jax.tasks import Batch, compute_of
+from seed_jax.tasks.autoencoder import to_signed
+
+# What diffusers loads a pipeline by; no safety checker, which these pictures don't need.
+MODEL_INDEX = {
+    "_class_name": "StableDiffusionPipeline",
+    "_diffusers_version": "0.39.0",
+    "feature_extractor": [None, None],
+    "safety_checker": [None, None],
+    "scheduler": ["diffusers", "PNDMScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+
+
+class DrawingModel(nnx.Module):
+    """The U-Net that trains, and the frozen parts of Stable Diffusion around it."""
+
+    def __init__(self, unet: UNet, autoencoder: Autoencoder, text_teacher: TextTeacher):
+        self.unet = unet
+        self.autoencoder = autoencoder
+        self.teacher = text_teacher
+
+
+class Diffusion:
+    """Predicts the noise in latents (arXiv 2006.11239, equation 14), given a caption's states.
+
+    A share of the captions is replaced by the empty one, for classifier-free guidance
+    (arXiv 2207.12598).
+    """
+
+    def __init__(self, config: ConfigDict):
+        self.config = config
+        self.autoencoder = diffusers_folder.read_autoencoder(config.autoencoder)
+        self.text_config = teacher.load_config(config.teacher)
+        folder, subfolder = teacher.locate(config.teacher, "tokenizer")
+        self.tokenizer = load_tokenizer(folder, subfolder=subfolder)
+        width = self.text_config.hidden_size
+        sizes = {"cross_attention_dim": width, **config.model.to_dict()}
+        self.sizes = model_dir.from_dict(UNetConfig, sizes, "config.model")
+        if self.sizes.cross_attention_dim != width:
+            raise UserError(
+                f"config.model.cross_attention_dim is {self.sizes.cross_attention_dim}, but the "
+                f"teacher's states are {width} wide"
+            )
+        self.scheduler = config.scheduler.to_dict()
+        self.signal_T = samplers.alphas_cumprod(self.scheduler)
+
+    def build(self, *, rngs: nnx.Rngs) -> DrawingModel:
+        compute = compute_of(self.config)
+        return DrawingModel(
+            UNet(self.sizes, compute=compute, rngs=rngs),
+            Autoencoder(self.autoencoder.config, compute=compute, rngs=rngs),
+            TextTeacher(self.text_config, compute=compute, rngs=rngs),
+        )
+
+    def trains(self, path: tuple) -> bool:
+        return path[0] == "unet"
+
+    def text_fields(self) -> dict[str, TextField]:
+        return {"prompt": self._prompts()}
+
+    def _prompts(self) -> TextField:
+        return TextField(self.tokenizer, self.text_config.max_position_embeddings)
+
+    def prepare(self, model: DrawingModel, batches: Any) -> None:
+        """Takes the frozen parts' weights."""
+        model.teacher.load(self.config.teacher)
+        trained = nnx.state(self.autoencoder, nnx.Param)
+        placed = jax.tree.map(
+            lambda new, old: jax.device_put(new.astype(old.dtype), old.sharding),
+            trained,
+            nnx.state(model.autoencoder, nnx.Param),
+        )
+        nnx.update(model.autoencoder, placed)
+
+    def loss(
+        self, model: DrawingModel, batch: Batch, key: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array], None]:
+        latent_key, time_key, noise_key, drop_key = jax.random.split(key, 4)
+        mean_BHWC, logvar_BHWC = model.autoencoder.encode(to_signed(batch["image"]))
+        latents_BHWC = mean_BHWC + jnp.exp(logvar_BHWC / 2) * jax.random.normal(
+            latent_key, mean_BHWC.shape
+        )
+        latents_BHWC *= self.autoencoder.config.scaling_factor
+
+        empty_ids_BT, _ = self._prompts().batch([""])
+        dropped_B = jax.random.bernoulli(drop_key, self.config.drop_prompt, latents_BHWC.shape[:1])
+        states_BSD = model.teacher(jnp.where(dropped_B[:, None], empty_ids_BT, batch["prompt"]))
+
+        signal_T = jnp.asarray(self.signal_T, jnp.float32)
+        times_B = jax.random.randint(time_key, latents_BHWC.shape[:1], 0, len(signal_T))
+        signal_B = signal_T[times_B]
+        noise_BHWC = jax.random.normal(noise_key, latents_BHWC.shape)
+        share_B111 = signal_B[:, None, None, None]
+        noisy_BHWC = jnp.sqrt(share_B111) * latents_BHWC + jnp.sqrt(1 - share_B111) * noise_BHWC
+        predicted_BHWC = model.unet(noisy_BHWC, times_B, states_BSD)
+        error_B = jnp.mean((predicted_BHWC - noise_BHWC) ** 2, axis=(1, 2, 3))
+        ratio_B = signal_B / (1 - signal_B)
+        weight_B = jnp.minimum(ratio_B, self.config.loss.min_snr) / ratio_B
+        return jnp.mean(weight_B * error_B), {"squared_error": error_B.mean()}, None
+
+    def after_update(self, model: DrawingModel, aux: None, key: jax.Array) -> None:
+        """Nothing but the optimizer changes the model."""
+
+    def save(self, model: DrawingModel, path: Path) -> None:
+        """Writes a whole Stable Diffusion directory in diffusers' layout, in float16."""
+        diffusers_weights.save(model.unet, path / "unet")
+        diffusers_weights.save(model.autoencoder, path / "vae")
+        model.teacher.save(path / "text_encoder")
+        self.tokenizer.save_pretrained(path / "tokenizer")
+        scheduler = {"_class_name": "PNDMScheduler", "_diffusers_version": "0.39.0"}
+        _write_json(path / "scheduler" / "scheduler_config.json", scheduler | self.scheduler)
+        _write_json(path / "model_index.json", MODEL_INDEX)
+
+
+def _write_json(file: Path, values: dict[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(values, indent=2) + "\n")
