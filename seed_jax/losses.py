@@ -1,6 +1,6 @@
 """SEED's losses: pure functions on arrays, computed in float32.
 
-Shapes: B batch, Q queries, T tokens, K code dim, D width, E contrastive width.
+Shapes: B batch, Q queries, T tokens, K code dim, D width, E contrastive width, V ids.
 """
 
 import jax
@@ -73,3 +73,16 @@ def mean_squared_error(prediction: Array, target: Array) -> Array:
     """Mean squared error of any shape; no gradient to the target."""
     target = jax.lax.stop_gradient(target.astype(jnp.float32))
     return jnp.mean((prediction.astype(jnp.float32) - target) ** 2)
+
+
+def next_token(logits_BTV: Array, ids_BT: Array, target_BT: Array) -> Array:
+    """Mean cross-entropy of the tokens marked as targets, each predicted at the place before it.
+
+    Args:
+      target_BT: bool; the first of a row has no place before it and doesn't count.
+    """
+    losses_BT = optax.softmax_cross_entropy_with_integer_labels(
+        logits_BTV[:, :-1].astype(jnp.float32), jnp.maximum(ids_BT[:, 1:], 0)
+    )
+    weights_BT = target_BT[:, 1:].astype(jnp.float32)
+    return jnp.sum(losses_BT * weights_BT) / jnp.maximum(weights_BT.sum(), 1.0)

@@ -134,8 +134,13 @@ def load(
     config_class: type[Any],
     module_class: Callable[..., M],
     compute: Compute,
+    *,
+    stored: Any = None,
 ) -> M:
     """Builds the module that a directory describes, with its parameters on the first device.
+
+    Args:
+      stored: the type that holds the parameters; None: the one that the module makes them in.
 
     Raises:
       UserError: see `load_config`; or the parameters do not fit the config.
@@ -145,7 +150,8 @@ def load(
     graphdef, state = nnx.split(abstract)
     device = SingleDeviceSharding(jax.local_devices()[0])
     target = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), flat_params(state)
+        lambda a: jax.ShapeDtypeStruct(a.shape, stored or a.dtype, sharding=device),
+        flat_params(state),
     )
     return nnx.merge(graphdef, unflatten_params(state, restore_params(path, target)))
 
@@ -237,5 +243,7 @@ def from_dict(config_class: type[C], values: dict[str, Any], name: str = "config
         if isinstance(hint, types.UnionType):
             hint = next(t for t in typing.get_args(hint) if t is not type(None))
         nested = dataclasses.is_dataclass(hint) and isinstance(value, dict)
-        arguments[key] = from_dict(hint, value, f"{name}.{key}") if nested else value
+        # JSON knows no tuples.
+        plain = tuple(value) if isinstance(value, list) else value
+        arguments[key] = from_dict(hint, value, f"{name}.{key}") if nested else plain
     return config_class(**arguments)

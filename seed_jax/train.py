@@ -28,12 +28,16 @@ from seed_jax.tasks.autoencoder import AutoencoderKL
 from seed_jax.tasks.causal_qformer import CausalQFormer
 from seed_jax.tasks.codebook import Codebook
 from seed_jax.tasks.diffusion import Diffusion
+from seed_jax.tasks.language_model import LanguageModel
+from seed_jax.tasks.seed_opt import SeedOPTTraining
 from seed_jax.tasks.text_encoder import TextEncoder
 
 TASKS: dict[str, type[Task]] = {
     "causal_qformer": CausalQFormer,
     "codebook": Codebook,
     "text_encoder": TextEncoder,
+    "language_model": LanguageModel,
+    "seed_opt": SeedOPTTraining,
     "autoencoder": AutoencoderKL,
     "diffusion": Diffusion,
 }
@@ -52,7 +56,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
         raise UserError(f"config.task is {config.task!r}; the stages are {', '.join(TASKS)}")
     claim(workdir, config)
     mesh = sharding.make_mesh(config.mesh.to_dict())
-    check_batch(config.batch_size, mesh)
+    check_batch(config.batch_size, mesh, per_row=config.get("sequences", {}).get("per_row", 1))
     task = TASKS[config.task](config)
     source = sources.open_source(config.data.path, config.data.split)
     data = pipeline.train_pipeline(
@@ -149,12 +153,18 @@ def claim(workdir: Path, config: ConfigDict) -> None:
     file.write_text(json.dumps(wanted, indent=2) + "\n")
 
 
-def check_batch(batch_size: int, mesh: Mesh) -> None:
-    """Raises a UserError if the mesh doesn't divide the batch."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+def check_batch(batch_size: int, mesh: Mesh, *, per_row: int) -> None:
+    """Raises a UserError if the mesh doesn't divide the batch.
+
+    Args:
+      per_row: pictures that stay together, since their captions are packed into one row.
+    """
+    shards = mesh.shape["data"] * mesh.shape["fsdp"] * per_row
     if batch_size % shards:
+        groups = f" in groups of {per_row}" if per_row > 1 else ""
         raise UserError(
-            f"config.batch_size={batch_size} can't be split over the mesh's {shards} data shards; "
+            f"config.batch_size={batch_size} can't be split over the mesh's {shards // per_row} "
+            f"data shards{groups}; "
             f"{batch_size - batch_size % shards or shards} can"
         )
 

@@ -90,9 +90,9 @@ class Case:
             generation=generation,
         )
 
-    def compare(self, *computed: dict[str, jax.Array]) -> None:
-        """Checks every stored tensor, in the order in which the original computed them."""
-        names = self.manifest["outputs"]
+    def compare(self, *computed: dict[str, jax.Array], patterns=("*",)) -> None:
+        """Checks every stored tensor of these names, in the order of the original's computation."""
+        names = {k: v for k, v in self.manifest["outputs"].items() if matches(k, patterns)}
         problems, worst = [], (0.0, "")
         for name, facts in names.items():
             stored = self.io[name if name.startswith("grad/") else f"out/{name}"]

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from seed_jax.cli import UserError
 from seed_jax.data import pipeline, text
+from seed_jax.data.limit import Limit
 from seed_jax.data.sources import open_source, write_array_record
 
 
@@ -257,7 +258,7 @@ def test_no_readable_picture_at_all_stops_whatever_is_allowed(tmp_path):
 
 def test_a_host_judges_by_its_own_part(tmp_path):
     # In an epoch each of 4 hosts meets a quarter of 400 pictures: 1 % of them and 3 by chance.
-    limit = pipeline._Limit(CountingSource(400), 0.01, rows=2, hosts=4)
+    limit = Limit(CountingSource(400), 0.01, rows=2, hosts=4)
     four, five = (dict.fromkeys(range(count), "x") for count in (4, 5))
     limit.check(four, batches_read=1)
     with pytest.raises(UserError, match="5 of 400"):

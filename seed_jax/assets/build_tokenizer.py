@@ -1,13 +1,15 @@
-"""Rebuilds the two small tokenizers from the training captions and tags of emoji.array_record.
+"""Rebuilds the three small tokenizers from the training captions and tags of emoji.array_record.
 
     python -m seed_jax.assets.build_tokenizer
 
   text_tokenizer/                   BERT's kind: lower-case WordPiece, [CLS] text [SEP]
   tiny_stable_diffusion/tokenizer/  CLIP's kind: lower-case BPE, <|startoftext|> text <|endoftext|>
+  tiny_opt/                         OPT's kind: BPE of bytes, </s> text
 
-They load offline through the code that loads bert-base-uncased and CLIP's vocabulary. The held-out
-splits are not read. Both vocabularies hold every single character of ASCII, so that no English
-caption comes out unknown. The same pictures give the same files with the pinned tokenizers.
+They load offline through the code that loads bert-base-uncased and CLIP's and OPT's vocabulary. The
+held-out splits are not read. The vocabularies hold every single character of ASCII (OPT's every
+byte), so that no English caption comes out unknown. The same pictures give the same files with the
+pinned tokenizers.
 """
 
 import argparse
@@ -29,18 +31,25 @@ from tokenizers import (
     processors,
     trainers,
 )
-from transformers import BertTokenizerFast, CLIPTokenizer
+from transformers import BertTokenizerFast, CLIPTokenizer, GPT2TokenizerFast
 from transformers.models.clip.tokenization_clip import bytes_to_unicode
 
 from seed_jax import cli
+from seed_jax.data.sequences import CAPTION_PROMPT, DRAWING_PROMPT, QUESTION_PROMPT
 
 ASSETS = Path(__file__).parent
 WORDPIECES = 2000
 BPE_PIECES = 1500
+OPT_PIECES = 1536
 COMMON_LETTERS = string.ascii_lowercase + string.digits + string.punctuation + "‘’“”–—…×÷−"
 BERT_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 # The end token has the highest id: CLIP's text model finds it by that.
 CLIP_SPECIAL = ("<|startoftext|>", "<|endoftext|>")
+# As OPT numbers them.
+OPT_SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
+# What surrounds captions in training, so that it takes few tokens.
+OPT_PROMPTS = (CAPTION_PROMPT, DRAWING_PROMPT, QUESTION_PROMPT.format("What is this?"))
+OPT_PROMPT_WEIGHT = 100
 # How CLIP splits a text into words (transformers' tokenization_clip.py).
 CLIP_WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 
@@ -132,15 +141,51 @@ def build_bpe(texts: Sequence[str], folder: Path) -> None:
     ).save_pretrained(folder)
 
 
+def build_byte_bpe(texts: Sequence[str], folder: Path) -> None:
+    """Learns an OPT tokenizer of `OPT_PIECES` entries and saves it."""
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    learner = Tokenizer(models.BPE())
+    learner.pre_tokenizer = words
+    trainer = trainers.BpeTrainer(
+        vocab_size=OPT_PIECES,
+        special_tokens=[*OPT_SPECIAL, *bytes_to_unicode().values()],
+        show_progress=False,
+    )
+    # Most words come after a space.
+    spaced = [f" {text}" for text in texts] + list(OPT_PROMPTS) * OPT_PROMPT_WEIGHT
+    vocabulary = {piece: i for i, piece in enumerate(train_pieces(learner, trainer, spaced))}
+    merges = [tuple(merge) for merge in json.loads(learner.to_str())["model"]["merges"]]
+
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges))
+    tokenizer.pre_tokenizer = words
+    tokenizer.decoder = decoders.ByteLevel()
+    begin = OPT_SPECIAL[2]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{begin} $A", special_tokens=[(begin, vocabulary[begin])]
+    )
+    GPT2TokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=begin,
+        eos_token=begin,
+        unk_token=begin,
+        pad_token=OPT_SPECIAL[1],
+        model_max_length=128,
+    ).save_pretrained(folder)
+    # tokenizer.json says it all.
+    for name in ("vocab.json", "merges.txt"):
+        (folder / name).unlink(missing_ok=True)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Rebuilds the two small tokenizers.")
+    parser = argparse.ArgumentParser(description="Rebuilds the three small tokenizers.")
     parser.add_argument("--pictures", type=Path, default=ASSETS / "emoji.array_record")
     parser.add_argument("--output", type=Path, default=ASSETS, help="default: %(default)s")
     args = parser.parse_args(argv)
     texts = read_training_texts(args.pictures)
     build_wordpiece(texts, args.output / "text_tokenizer")
     build_bpe(texts, args.output / "tiny_stable_diffusion" / "tokenizer")
-    print(f"{args.output}: two tokenizers, from {len(texts):,} captions and tags")
+    build_byte_bpe(texts, args.output / "tiny_opt")
+    print(f"{args.output}: three tokenizers, from {len(texts):,} captions and tags")
 
 
 if __name__ == "__main__":

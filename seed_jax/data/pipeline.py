@@ -8,7 +8,6 @@ threads. This holds for unreadable pictures too: another one, drawn from the row
 takes the row, and no later row moves.
 """
 
-import math
 import multiprocessing
 import os
 import signal
@@ -25,15 +24,16 @@ from PIL import Image, UnidentifiedImageError
 
 from seed_jax.cli import UserError
 from seed_jax.data import transforms
+from seed_jax.data.limit import Limit
 from seed_jax.data.sources import Record, Source
-from seed_jax.data.text import TextField, choose_caption
+from seed_jax.data.text import CaptionField, DrawnCaption, TextField, choose_caption
 
 Batch = dict[str, np.ndarray]
 
 # Batches read ahead by a thread or worker: one waits while the next is made.
 READ_AHEAD = 2
 MAX_THREADS = 4
-NAMED_IN_ERROR = 3
+BLANK = Image.new("RGB", (1, 1))
 
 
 class UnreadablePicture(Exception):
@@ -110,7 +110,7 @@ def train_pipeline(
     *,
     batch_size: int,
     image_size: int,
-    texts: Mapping[str, TextField],
+    texts: Mapping[str, CaptionField],
     data: ConfigDict,
     seed: int,
     process_index: int = 0,
@@ -119,11 +119,12 @@ def train_pipeline(
     """Batches without end: every epoch all pictures in another order, cropped and mirrored anew.
 
     A batch is {'image': uint8 [b, S, S, 3], 'index': int32 [b], the record's place in the source,
-    and for each text '<name>': int32 [b, T], '<name>_mask': bool [b, T]}, where the host gets rows
-    `process_index * b` and on of the batch.
+    and what each text makes of the captions, such as '<name>': int32 [b, T], '<name>_mask': bool
+    [b, T]}, where the host gets rows `process_index * b` and on of the batch.
 
     Args:
       batch_size: rows of all hosts together, a multiple of `process_count`.
+      image_size: S; 0 reads no pictures, and leaves 'image' out.
       data: cache, workers, max_tags, drop_caption, crop_scale, flip and max_unreadable, as in the
         configs.
 
@@ -137,7 +138,7 @@ def train_pipeline(
             "take a smaller config.batch_size or more pictures"
         )
     batches = _TrainBatches(
-        _Pictures(source, cache=data.cache),
+        _Pictures(source, cache=data.cache, decode=image_size > 0),
         batch_size=batch_size,
         rows=_rows_of_host(batch_size, process_index, process_count),
         image_size=image_size,
@@ -172,7 +173,7 @@ def eval_batches(
       UserError: while iterating, as `train_pipeline`.
     """
     batches = _EvalBatches(
-        _Pictures(source, cache=False),
+        _Pictures(source, cache=False, decode=True),
         batch_size=batch_size,
         image_size=image_size,
         texts=texts or {},
@@ -205,8 +206,10 @@ def _rows_of_host(batch_size: int, process_index: int, process_count: int) -> ra
 class _Pictures:
     """Decoded pictures with the rest of their records, kept in memory if `cache`."""
 
-    def __init__(self, source: Source, *, cache: bool):
+    def __init__(self, source: Source, *, cache: bool, decode: bool):
+        """Without `decode`, a blank stands for each picture."""
         self.source = source
+        self._decode = decode
         # What an unreadable picture leaves here is its message.
         self._cache: dict[int, tuple[Image.Image, Record] | str] | None = {} if cache else None
 
@@ -229,45 +232,14 @@ class _Pictures:
         # What broken files make decoders raise has no common base.
         try:
             record = self.source[index]
-            return transforms.decode(record["image"]), {**record, "image": b""}
+            image = transforms.decode(record["image"]) if self._decode else BLANK
+            return image, {**record, "image": b""}
         except UnidentifiedImageError:
             # PIL's own message holds a memory address.
             return f"{self.source.name(index)} (not a picture)"
         except Exception as error:
             what = str(error) or type(error).__name__
             return f"{self.source.name(index)} ({what.splitlines()[0]})"
-
-
-class _Limit:
-    """Decides when too many pictures are unreadable."""
-
-    def __init__(self, source: Source, share: float | None, *, rows: int, hosts: int):
-        """`rows` is how many a batch has on this host; a share of None allows everything."""
-        self._path, self._total = source.path, len(source)
-        self._share, self._rows, self._hosts = share, rows, hosts
-
-    def check(self, unreadable: Mapping[int, str], *, batches_read: int) -> None:
-        """Raises a UserError if there are more than the share of the pictures read.
-
-        A host meets its part of the pictures in an epoch: what it has read counts as at least that
-        part, so that a bad picture among the first doesn't stop the run.
-        """
-        if self._share is None:
-            return
-        read = min(self._total, max(self._total / self._hosts, batches_read * self._rows))
-        allowed = self._share * read
-        if self._hosts > 1:
-            # A part is a sample: three standard deviations are chance.
-            allowed += 3 * math.sqrt(allowed)
-        if len(unreadable) <= allowed and len(unreadable) < self._total:
-            return
-        names = list(unreadable.values())
-        others = f" and {len(names) - NAMED_IN_ERROR} more" if names[NAMED_IN_ERROR:] else ""
-        raise UserError(
-            f"{self._path}: {len(names)} of {self._total} pictures can't be read "
-            f"(max_unreadable is {self._share:g}): {', '.join(names[:NAMED_IN_ERROR])}{others}; "
-            "mend or remove them"
-        )
 
 
 class _TrainBatches:
@@ -280,7 +252,7 @@ class _TrainBatches:
         batch_size: int,
         rows: range,
         image_size: int,
-        texts: Mapping[str, TextField],
+        texts: Mapping[str, CaptionField],
         data: ConfigDict,
         seed: int,
     ):
@@ -295,7 +267,7 @@ class _TrainBatches:
         self._scale = tuple(data.crop_scale)
         self._flip = data.flip
         self._seed = seed
-        self.limit = _Limit(
+        self.limit = Limit(
             pictures.source, data.max_unreadable, rows=len(rows), hosts=batch_size // len(rows)
         )
 
@@ -303,23 +275,28 @@ class _TrainBatches:
         return len(self._order) // self._batch_size
 
     def __getitem__(self, number: int) -> tuple[Batch, dict[int, str]]:
-        images = np.empty((len(self._rows), self._image_size, self._image_size, 3), np.uint8)
-        indices, captions = [], []
+        size = self._image_size
+        images = np.empty((len(self._rows), size, size, 3), np.uint8)
+        indices, drawn = [], []
         unreadable: dict[int, str] = {}
         for row, place in enumerate(self._rows):
             position = number * self._batch_size + place
             rng = Random((self._seed << 64) | position)
             index, image, record = self._read(position, rng, unreadable)
-            images[row] = transforms.random_view(
-                image, self._image_size, rng, scale=self._scale, flip=self._flip
-            )
+            if size:
+                images[row] = transforms.random_view(
+                    image, size, rng, scale=self._scale, flip=self._flip
+                )
             indices.append(index)
             if self._texts:
-                captions.append(
-                    choose_caption(record, rng, self._max_tags, drop_caption=self._drop_caption)
+                caption = choose_caption(
+                    record, rng, self._max_tags, drop_caption=self._drop_caption
                 )
-        batch: Batch = {"image": images, "index": np.array(indices, np.int32)}
-        return batch | _encode(self._texts, captions), unreadable
+                drawn.append(DrawnCaption(caption, record, rng))
+        batch: Batch = {"index": np.array(indices, np.int32)} | ({"image": images} if size else {})
+        for name, text in self._texts.items():
+            batch |= text.training_rows(name, drawn, number)
+        return batch, unreadable
 
     def _read(
         self, position: int, rng: Random, unreadable: dict[int, str]
@@ -353,7 +330,7 @@ class _EvalBatches:
         self._image_size = image_size
         self._texts = dict(texts)
         self._max_tags = max_tags
-        self.limit = _Limit(pictures.source, max_unreadable, rows=batch_size, hosts=1)
+        self.limit = Limit(pictures.source, max_unreadable, rows=batch_size, hosts=1)
 
     def __len__(self) -> int:
         return -(-len(self._pictures) // self._batch_size)
@@ -381,11 +358,6 @@ class _EvalBatches:
             batch["valid"][row] = True
             if self._texts:
                 captions[row] = choose_caption(record, None, self._max_tags)
-        return batch | _encode(self._texts, captions), unreadable
-
-
-def _encode(texts: Mapping[str, TextField], captions: list[str]) -> Batch:
-    batch = {}
-    for name, text in texts.items():
-        batch[name], batch[f"{name}_mask"] = text.batch(captions)
-    return batch
+        for name, text in self._texts.items():
+            batch |= text.named_batch(name, captions)
+        return batch, unreadable

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -48,6 +48,27 @@ def load_tokenizer(path: str | Path | None, *, subfolder: str = "") -> PreTraine
     return tokenizer
 
 
+class DrawnCaption(NamedTuple):
+    """What a training row is made of; whatever else is to be drawn comes from its generator."""
+
+    caption: str
+    record: Record
+    rng: Random
+
+
+class CaptionField(Protocol):
+    """Makes arrays of captions, for training; pickled where worker processes read the data."""
+
+    def training_rows(
+        self, name: str, drawn: Sequence[DrawnCaption], number: int
+    ) -> dict[str, np.ndarray]:
+        """The arrays of a batch, by names that begin with `name`.
+
+        Args:
+          number: the batch's, from 0.
+        """
+
+
 class TextField:
     """Captions to rows of `length` token ids, padded and cut on the right.
 
@@ -77,6 +98,17 @@ class TextField:
         ids_BT = np.array([row.ids for row in rows], np.int32)
         mask_BT = np.array([row.attention_mask for row in rows], bool)
         return ids_BT, mask_BT
+
+    def named_batch(self, name: str, captions: Sequence[str]) -> dict[str, np.ndarray]:
+        """The arrays of `batch` as '<name>' and '<name>_mask'."""
+        ids_BT, mask_BT = self.batch(captions)
+        return {name: ids_BT, f"{name}_mask": mask_BT}
+
+    def training_rows(
+        self, name: str, drawn: Sequence[DrawnCaption], number: int
+    ) -> dict[str, np.ndarray]:
+        """See `CaptionField` and `named_batch`."""
+        return self.named_batch(name, [row.caption for row in drawn])
 
 
 def choose_caption(

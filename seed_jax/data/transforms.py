@@ -38,14 +38,14 @@ def resize(image: Image.Image, size: int) -> np.ndarray:
 
 
 def random_view(
-    image: Image.Image, size: int, rng: Random, *, scale: tuple[float, float], flip: bool
+    image: Image.Image, size: int, rng: Random, *, scale: tuple[float, ...], flip: bool
 ) -> np.ndarray:
     """Random resized crop, bicubic, mirrored half of the time if `flip`; uint8 [S, S, 3].
 
     Args:
-      scale: the crop's share of the picture's area, drawn between these.
+      scale: the crop's share of the picture's area, drawn between these; empty takes the whole.
     """
-    box = random_box(image.width, image.height, rng, scale)
+    box = random_box(image.width, image.height, rng, scale) if scale else None
     image = image.resize((size, size), BICUBIC, box=box)
     if flip and rng.random() < 0.5:
         # Cheaper in PIL than copying an array backwards.
@@ -54,7 +54,7 @@ def random_view(
 
 
 def random_box(
-    width: int, height: int, rng: Random, scale: tuple[float, float]
+    width: int, height: int, rng: Random, scale: tuple[float, ...]
 ) -> tuple[int, int, int, int]:
     """A box (left, top, right, bottom): area uniform in `scale`, ratio log-uniform in 3/4..4/3.
 

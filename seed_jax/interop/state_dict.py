@@ -129,14 +129,32 @@ def load(
     source: str = SOURCE,
     resize_positions: bool = False,
 ) -> M:
-    """A module with the original's weights, cast to its parameters' types.
+    """A module with the original's weights, cast to its parameters' types; see `load_state`.
+
+    Args:
+      module: of the sizes that `table` was made for; an abstract one (`nnx.eval_shape`) will do.
+    """
+    graphdef, params = nnx.split(module)
+    loaded = load_state(weights, table, params, source=source, resize_positions=resize_positions)
+    return nnx.merge(graphdef, loaded)
+
+
+def load_state(
+    weights: Mapping[str, ArrayLike],
+    table: Table,
+    params: nnx.State,
+    *,
+    source: str = SOURCE,
+    resize_positions: bool = False,
+) -> nnx.State:
+    """The original's weights as the state of a module or of a part of it.
 
     Reads one tensor at a time, straight into our stacked arrays: at its peak, memory holds our
     parameters and one tensor.
 
     Args:
       weights: such as `torch_io.read_weights` returns.
-      module: of the sizes that `table` was made for; an abstract one (`nnx.eval_shape`) will do.
+      params: says shapes and types; arrays or abstract ones.
       source: what to call `weights` in an error.
       resize_positions: bring the ViT's position embeddings to this module's grid if they have
         another.
@@ -144,7 +162,6 @@ def load(
     Raises:
       UserError: with every key that is missing, unexpected, or of another shape.
     """
-    graphdef, params = nnx.split(module)
     flat = flat_params(params)
     check(weights, table, params, source=source, resize_positions=resize_positions)
     loaded: dict[str, jax.Array] = {}
@@ -159,7 +176,7 @@ def load(
                 target = array if row.layers is None else array[layer]
                 target[...] = row.layout.to_ours(part, target.shape)
         loaded |= {path: jax.device_put(array) for path, array in arrays.items()}
-    return nnx.merge(graphdef, unflatten_params(params, loaded))
+    return unflatten_params(params, loaded)
 
 
 def to_torch(params: nnx.State, table: Table) -> dict[str, np.ndarray]:

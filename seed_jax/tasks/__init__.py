@@ -1,5 +1,6 @@
 """A task is one stage of SEED's training: what is built, what trains, and the loss."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -9,7 +10,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from seed_jax.cli import UserError
-from seed_jax.data.text import TextField
+from seed_jax.data.text import CaptionField
 from seed_jax.models.layers import Compute
 
 Batch = dict[str, jax.Array]
@@ -40,7 +41,7 @@ class Task(Protocol):
     def trains(self, path: tuple) -> bool:
         """Whether the parameter at this path of the module trains."""
 
-    def text_fields(self) -> dict[str, TextField]:
+    def text_fields(self) -> Mapping[str, CaptionField]:
         """How captions become ids, by the name they get in a batch."""
 
     def prepare(self, model: Any, batches: Any) -> None:
