@@ -1,10 +1,12 @@
-"""The packaged pictures, their splits, and the two tokenizers made from them."""
+"""The packaged pictures, their splits, and the three tokenizers made from them."""
 
 import io
 import re
 from collections import Counter
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import msgpack
 import numpy as np
 import pytest
@@ -12,13 +14,21 @@ from array_record.python.array_record_module import ArrayRecordReader
 from PIL import Image
 from transformers import AutoTokenizer, CLIPTokenizer, CLIPTokenizerFast
 
-from seed_jax.assets.build_tokenizer import build_bpe, build_wordpiece, read_training_texts
+from seed_jax import losses
+from seed_jax.assets.build_tokenizer import (
+    build_bpe,
+    build_byte_bpe,
+    build_wordpiece,
+    read_training_texts,
+)
 from seed_jax.assets.concepts import concept_group
+from seed_jax.interop import opt_weights
 
 ASSETS = Path(__file__).parents[1] / "seed_jax" / "assets"
 HELD_OUT = ("style", "concept")
 TEXT_TOKENIZER = ASSETS / "text_tokenizer"
 CLIP_TOKENIZER = ASSETS / "tiny_stable_diffusion" / "tokenizer"
+TINY_OPT = ASSETS / "tiny_opt"
 
 
 @pytest.fixture(scope="module")
@@ -184,12 +194,42 @@ def test_clip_tokenizer_slow_and_fast_agree(texts):
         assert ids.index(fast.eos_token_id) == len(ids) - 1, text
 
 
+def test_opt_tokenizer_is_opts_kind_and_loses_nothing(texts):
+    tokenizer = AutoTokenizer.from_pretrained(TINY_OPT)
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    assert tokenizer.convert_tokens_to_ids(special) == [0, 1, 2, 3]
+    assert tokenizer.bos_token_id == tokenizer.eos_token_id == 2
+    assert tokenizer("red apple")["input_ids"][0] == 2
+    for text in [*texts[::50], "Zürich, 東京", "a\tb  c"]:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
+
+
+def test_the_packaged_opt_is_small_and_prefers_its_captions_to_their_words_shuffled():
+    assert sum(file.stat().st_size for file in TINY_OPT.iterdir()) < 5_000_000
+    model, tokenizer = opt_weights.load(TINY_OPT), AutoTokenizer.from_pretrained(TINY_OPT)
+    score = jax.jit(lambda m, ids: losses.next_token(m(ids, ids != 1), ids, ids > 2))
+
+    def loss(texts):
+        rows = tokenizer(texts, padding="max_length", max_length=24)["input_ids"]
+        return float(score(model, jnp.asarray(rows)))
+
+    said = ["grinning face", "a photo of a red apple", "woman running: dark skin tone"]
+    assert loss(said) < loss([" ".join(reversed(text.split())) for text in said])
+
+
 def test_tokenizers_are_what_the_script_builds(tmp_path):
     texts = read_training_texts(ASSETS / "emoji.array_record")
     build_wordpiece(texts, tmp_path / "text")
     build_bpe(texts, tmp_path / "clip")
-    for built, packaged in (("text", TEXT_TOKENIZER), ("clip", CLIP_TOKENIZER)):
-        names = sorted(path.name for path in packaged.iterdir())
+    build_byte_bpe(texts, tmp_path / "opt")
+    weights = {"config.json", "model.safetensors"}  # lie beside OPT's tokenizer
+    for built, packaged in (
+        ("text", TEXT_TOKENIZER),
+        ("clip", CLIP_TOKENIZER),
+        ("opt", TINY_OPT),
+    ):
+        names = sorted({path.name for path in packaged.iterdir()} - weights)
         assert sorted(path.name for path in (tmp_path / built).iterdir()) == names
         for name in names:
             assert (tmp_path / built / name).read_text() == (packaged / name).read_text(), name
