@@ -201,7 +201,7 @@ def test_captions_answers_and_drawings(model, pictures):
     assert codes.shape == (2, QUERIES)
     assert codes.min() >= 0
     assert codes.max() < CODES
-    assert model.tokenizer.embed(jnp.asarray(codes)).shape == (2, 3, 8)
+    assert model.tokenizer.embed(jnp.asarray(codes)).shape == (2, 7, 12)
 
 
 def test_pictures_and_text_in_any_order(model, pictures):
