@@ -10,7 +10,7 @@ from configs import causal_qformer
 
 def get_config() -> ConfigDict:
     config = causal_qformer.get_config().unlock()
-    config.steps = 650
+    config.steps = 750
     config.batch_size = 128
     config.image_size = 64
     config.precision = "float32"

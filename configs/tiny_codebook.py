@@ -11,7 +11,7 @@ from configs import codebook
 
 def get_config() -> ConfigDict:
     config = codebook.get_config().unlock()
-    config.steps = 800
+    config.steps = 1000
     config.batch_size = 32
     config.image_size = 64
     config.precision = "float32"
