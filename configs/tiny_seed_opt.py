@@ -1,4 +1,4 @@
-"""Stage 3 on the embedded pictures and the packaged tiny OPT: minutes on two CPU cores.
+"""Stage 3 on the embedded pictures and the packaged tiny OPT, on two CPU cores.
 
     python -m seed_jax.train --config configs/tiny_seed_opt.py --workdir runs/seed_opt \
         --config.init=runs/codebook/model
