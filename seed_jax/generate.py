@@ -119,20 +119,24 @@ def main(argv: list[str] | None = None) -> None:
         help="Stable Diffusion 1.x directory or hub name; the small packaged one by default",
     )
     parser.add_argument(
-        "--steps", type=positive, default=25, metavar="N", help="of the diffusion (25)"
+        "--steps", type=inference.positive, default=25, metavar="N", help="of the diffusion (25)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object, at the end")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is random")
     writing = parser.add_argument_group("how to write")
-    writing.add_argument("--max-new", type=positive, metavar="N", help="most tokens of a text")
     writing.add_argument(
-        "--beams", type=positive, metavar="N", help="beam search (texts: 5; 1 is greedy)"
+        "--max-new", type=inference.positive, metavar="N", help="most tokens of a text"
+    )
+    writing.add_argument(
+        "--beams", type=inference.positive, metavar="N", help="beam search (texts: 5; 1 is greedy)"
     )
     writing.add_argument("--length-penalty", type=float, metavar="X", help="of the beam search (1)")
     writing.add_argument(
         "--temperature", type=float, metavar="X", help="sample; 0 takes the likeliest (drawings: 1)"
     )
-    writing.add_argument("--top-k", type=positive, metavar="N", help="sample among N tokens")
+    writing.add_argument(
+        "--top-k", type=inference.positive, metavar="N", help="sample among N tokens"
+    )
     writing.add_argument("--top-p", type=float, metavar="X", help="sample among this probability")
     writing.add_argument(
         "--repetition-penalty", type=float, metavar="X", help="above 1: words repeat less (1)"
@@ -143,12 +147,6 @@ def main(argv: list[str] | None = None) -> None:
     if args.output is not None and args.draw is None:
         parser.error("--output is for a drawing; give --draw too")
     generate(args)
-
-
-def positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return number
 
 
 if __name__ == "__main__":

@@ -193,7 +193,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--split", metavar="NAME", help="only records of this split")
     parser.add_argument(
-        "--batch-size", type=_positive, default=64, metavar="N", help="pictures at a time (64)"
+        "--batch-size", type=positive, default=64, metavar="N", help="pictures at a time (64)"
     )
 
 
@@ -206,7 +206,8 @@ def output_file(text: str) -> Path:
     return path
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """The type of an argument that counts something."""
     if (number := int(text)) < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
     return number
