@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from flax import nnx, traverse_util
 
 Array = jax.Array
 M = TypeVar("M")
@@ -214,3 +214,15 @@ def apply_blocks(
         return x_BTD, x_BTD if outputs else None
 
     return scan(body, x_BTD, blocks, compute=compute)
+
+
+def hold_linen(params: Any) -> nnx.Dict:
+    """The parameters of a Linen module as NNX's, by path such as 'conv_in/kernel'."""
+    flat = traverse_util.flatten_dict(params, sep="/")
+    return nnx.Dict({name: nnx.Param(value) for name, value in flat.items()})
+
+
+def nest_linen(params: nnx.Dict) -> dict:
+    """What a Linen module takes as its parameters, of what `hold_linen` made."""
+    flat = {name: value[...] for name, value in params.items()}
+    return traverse_util.unflatten_dict(flat, sep="/")

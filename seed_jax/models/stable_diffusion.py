@@ -9,12 +9,13 @@ Shapes in names: B batch, H height, W width, C channels, S text states, D their 
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
-from flax import nnx, traverse_util
+from flax import nnx
 
 from seed_jax.models import diffusers_layers
 from seed_jax.models.diffusers_flax import FlaxAutoencoderKL, FlaxUNet2DConditionModel
-from seed_jax.models.layers import Array, Compute
+from seed_jax.models.layers import Array, Compute, hold_linen, nest_linen
 
 CROSS_DOWN, CROSS_UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
 
@@ -80,13 +81,13 @@ class UNet(nnx.Module):
             jnp.zeros((1, 1, config.cross_attention_dim)),
         )
         with self._corrected((side, side)):
-            self.params = _hold(self.linen.init(rngs.params(), *inputs)["params"])
+            self.params = hold_linen(self.linen.init(rngs.params(), *inputs)["params"])
 
     def __call__(self, latents_BHWC: Array, timesteps_B: Array, states_BSD: Array) -> Array:
         """Latents [B, H, W, C] at int timesteps [B] to the noise in them, float32 [B, H, W, C]."""
         with self._corrected(latents_BHWC.shape[1:3]):
             noise_BCHW: Any = self.linen.apply(
-                {"params": _nested(self.params)},
+                {"params": nest_linen(self.params)},
                 latents_BHWC.transpose(0, 3, 1, 2),  # and back, in there: diffusers' convention
                 timesteps_B,
                 states_BSD,
@@ -118,18 +119,24 @@ class Autoencoder(nnx.Module):
         side = config.downsampling
         with diffusers_layers.corrected():
             pictures = jnp.zeros((1, config.in_channels, side, side))
-            self.params = _hold(self.linen.init(rngs.params(), pictures)["params"])
+            self.params = hold_linen(self.linen.init(rngs.params(), pictures)["params"])
 
     def encode(self, pictures_BHWC: Array) -> tuple[Array, Array]:
         """Mean and log-variance of the latents' Gaussian, float32 [B, h, w, C] each."""
         with diffusers_layers.corrected():
             outputs: Any = self.linen.apply(
-                {"params": _nested(self.params)},
+                {"params": nest_linen(self.params)},
                 pictures_BHWC.transpose(0, 3, 1, 2),
                 method=self.linen.encode,
             )
         latents = outputs.latent_dist
         return latents.mean.astype(jnp.float32), latents.logvar.astype(jnp.float32)
+
+    def sample(self, pictures_BHWC: Array, key: Array) -> tuple[Array, Array, Array]:
+        """Latents drawn from the Gaussian that `encode` gives; then its mean and log-variance."""
+        mean_BHWC, logvar_BHWC = self.encode(pictures_BHWC)
+        noise_BHWC = jax.random.normal(key, mean_BHWC.shape)
+        return mean_BHWC + jnp.exp(logvar_BHWC / 2) * noise_BHWC, mean_BHWC, logvar_BHWC
 
     def decode(self, latents_BHWC: Array) -> Array:
         """Latents to pictures, float32 [B, H, W, 3], roughly in [-1, 1]."""
@@ -137,16 +144,6 @@ class Autoencoder(nnx.Module):
         # width is that of the channels.
         with diffusers_layers.corrected():
             pictures_BCHW: Any = self.linen.apply(
-                {"params": _nested(self.params)}, latents_BHWC, method=self.linen.decode
+                {"params": nest_linen(self.params)}, latents_BHWC, method=self.linen.decode
             )
         return pictures_BCHW.sample.transpose(0, 2, 3, 1).astype(jnp.float32)
-
-
-def _hold(params: Any) -> nnx.Dict:
-    flat = traverse_util.flatten_dict(params, sep="/")
-    return nnx.Dict({name: nnx.Param(value) for name, value in flat.items()})
-
-
-def _nested(params: nnx.Dict) -> dict:
-    flat = {name: value[...] for name, value in params.items()}
-    return traverse_util.unflatten_dict(flat, sep="/")

@@ -58,9 +58,7 @@ class AutoencoderKL:
         self, model: ScaledAutoencoder, batch: Batch, key: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array], jax.Array]:
         pictures_BHWC = to_signed(batch["image"])
-        mean_BHWC, logvar_BHWC = model.autoencoder.encode(pictures_BHWC)
-        noise_BHWC = jax.random.normal(key, mean_BHWC.shape)
-        latents_BHWC = mean_BHWC + jnp.exp(logvar_BHWC / 2) * noise_BHWC
+        latents_BHWC, mean_BHWC, logvar_BHWC = model.autoencoder.sample(pictures_BHWC, key)
         error_BHWC = model.autoencoder.decode(latents_BHWC) - pictures_BHWC
         divergence = (mean_BHWC**2 + jnp.exp(logvar_BHWC) - 1 - logvar_BHWC).mean() / 2
         absolute = jnp.abs(error_BHWC).mean()
