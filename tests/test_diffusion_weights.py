@@ -1,5 +1,6 @@
 """U-Nets and autoencoders in diffusers' folders: what we write, PyTorch's diffusers runs alike."""
 
+import dataclasses
 import json
 
 import jax
@@ -11,7 +12,7 @@ from flax import nnx, serialization, traverse_util
 
 from seed_jax import model_dir
 from seed_jax.cli import UserError
-from seed_jax.interop import diffusers_weights, state_dict
+from seed_jax.interop import diffusers_folder, diffusers_weights, state_dict
 from seed_jax.models.layers import Compute
 from seed_jax.models.stable_diffusion import Autoencoder, AutoencoderConfig, UNet, UNetConfig
 
@@ -31,9 +32,10 @@ VAE = AutoencoderConfig(
 MODELS = {"unet": (UNet, UNET), "vae": (Autoencoder, VAE)}
 
 
-def random_model(part):
+def random_model(part, **sizes):
     """Weights by NumPy, since initialisers take long to compile; none at a value that hides it."""
     build, config = MODELS[part]
+    config = dataclasses.replace(config, **sizes)
     rng = np.random.default_rng(0)
     module = nnx.eval_shape(lambda: build(config, compute=Compute(), rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(module)
@@ -170,6 +172,27 @@ def test_flax_weights_are_read(tmp_path, part):
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(UserError, match=r"msgpack is damaged or cut short"):
         load(part, file)
+
+
+def test_a_model_in_pieces_is_read(tmp_path):
+    ours, unet = random_model("unet"), tmp_path / "unet"
+    diffusers_weights.save(ours, unet)
+    (unet / diffusers_weights.TORCH_FILE).unlink()
+    tensors = diffusers_weights.to_torch(ours)
+    places = {key: f"piece-{number % 2}.safetensors" for number, key in enumerate(tensors)}
+    for file in set(places.values()):
+        piece = {key: tensors[key] for key in tensors if places[key] == file}
+        safetensors.numpy.save_file(piece, unet / file)
+    index = unet / f"{diffusers_weights.TORCH_FILE}.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    assert_same(diffusers_folder.read_unet(str(tmp_path), compute=Compute()), ours)
+
+    (unet / "piece-1.safetensors").unlink()
+    with pytest.raises(UserError, match=r"piece-1\.safetensors is not a file"):
+        diffusers_folder.read_unet(str(tmp_path), compute=Compute())
+    index.write_text("[]")
+    with pytest.raises(UserError, match=r"index\.json is not an index of weights"):
+        diffusers_folder.read_unet(str(tmp_path), compute=Compute())
 
 
 def test_weights_come_in_the_compute_type(tmp_path):

@@ -158,10 +158,37 @@ def test_the_packaged_stable_diffusion_can_be_trained_again(tmp_path):
     train(config, tmp_path / "diffusion")
     for stage in ("text_encoder", "autoencoder", "diffusion"):
         assert np.isfinite(losses(tmp_path / stage)).all()
-    drawer = StableDiffusion.from_pretrained(str(tmp_path / "diffusion/model"))
+    folder = tmp_path / "diffusion/model"
+    drawer = StableDiffusion.from_pretrained(str(folder))
     pictures = drawer.draw(drawer.text_states(["a cat"]), steps=2)
     assert pictures.shape == (1, 64, 64, 3)
     assert pictures.dtype == np.uint8
+    check_pytorch_draws_alike(folder, drawer)
+
+
+def check_pytorch_draws_alike(folder: Path, drawer: StableDiffusion) -> None:
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    side = pipeline.unet.config.sample_size
+    assert drawer.size == (side * pipeline.vae_scale_factor,) * 2
+    prompts = ["a cat", "a red apple and a green one"]
+    states = np.asarray(drawer.text_states(prompts))
+    with torch.no_grad():
+        theirs, _ = pipeline.encode_prompt(prompts, "cpu", 1, do_classifier_free_guidance=False)
+    np.testing.assert_allclose(states, theirs.numpy(), rtol=0, atol=1e-4 * np.abs(states).max())
+
+    latents = np.random.default_rng(0).normal(size=(2, side, side, 4)).astype(np.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    drawn = pipeline(
+        prompts,
+        latents=torch.from_numpy(latents.transpose(0, 3, 1, 2)),
+        num_inference_steps=3,
+        output_type="np",
+    ).images
+    ours = np.asarray(drawer.draw(states, steps=3, latents_BHWC=latents))
+    np.testing.assert_allclose(ours, 255 * drawn, rtol=0, atol=1)
 
 
 def test_another_config_in_the_same_workdir_is_refused(stage1):

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,6 +11,7 @@ from huggingface_hub.errors import EntryNotFoundError
 
 from seed_jax.cli import UserError
 from seed_jax.interop import diffusers_weights
+from seed_jax.interop.torch_io import INDEX_SUFFIX, indexed_files
 from seed_jax.models import teacher
 from seed_jax.models.layers import Compute
 from seed_jax.models.stable_diffusion import Autoencoder, AutoencoderConfig, UNet, UNetConfig
@@ -149,12 +150,28 @@ def _config(config_class: type[C], facts: Mapping[str, Any], source: str) -> C:
 
 
 def _weights(path: str, part: str) -> Path:
-    folder, part = teacher.locate(path, part)
-    for name in diffusers_weights.FILES:
-        if file := _fetch(folder, f"{part}/{name}"):
+    return find_weights(*teacher.locate(path, part), diffusers_weights.FILES)
+
+
+def find_weights(folder: str, part: str, names: Sequence[str]) -> Path:
+    """The first of the files of weights called `names` that is there.
+
+    Args:
+      folder: a local directory or hub name.
+      part: subfolder; '' for none.
+
+    Raises:
+      UserError: there is none of them, or the hub can't be reached.
+    """
+    inside = f"{part}/" if part else ""
+    for name in names:
+        if file := _fetch(folder, inside + name):
+            if name.endswith(INDEX_SUFFIX):
+                for piece in indexed_files(file):
+                    _fetch(folder, inside + piece)
             return file
     raise UserError(
-        f"{folder}/{part} has none of {', '.join(diffusers_weights.FILES)}; a .bin file is a "
+        f"{folder}{'/' * bool(part)}{part} has none of {', '.join(names)}; a .bin file is a "
         "pickle, which could run code: save it as safetensors"
     )
 

@@ -20,15 +20,20 @@ from seed_jax import model_dir
 from seed_jax.cli import UserError
 from seed_jax.interop import state_dict
 from seed_jax.interop.state_dict import LINEAR, SAME, Layout, Row, Table
-from seed_jax.interop.torch_io import StoredTensor, read_weights
+from seed_jax.interop.torch_io import INDEX_SUFFIX, StoredTensor, read_weights
 from seed_jax.models.layers import Compute
 from seed_jax.models.stable_diffusion import Autoencoder, UNet
 
 M = TypeVar("M", UNet, Autoencoder)
 
 TORCH_FILE = "diffusion_pytorch_model.safetensors"
-# In the order in which they are looked for.
-FILES = (TORCH_FILE, "diffusion_pytorch_model.fp16.safetensors", "diffusion_flax_model.msgpack")
+# In the order in which they are looked for; an index names the files of a model in pieces.
+FILES = (
+    TORCH_FILE,
+    f"{TORCH_FILE}{INDEX_SUFFIX}",
+    "diffusion_pytorch_model.fp16.safetensors",
+    "diffusion_flax_model.msgpack",
+)
 
 # [height, width, in, out] <-> [out, in, height, width]
 CONVOLUTION = Layout(lambda s: (s[3], s[2], s[0], s[1]), (2, 3, 1, 0))
@@ -36,15 +41,21 @@ CONVOLUTION = Layout(lambda s: (s[3], s[2], s[0], s[1]), (2, 3, 1, 0))
 # in the published files of Stable Diffusion 1.x.
 ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 LISTS = "down_blocks|up_blocks|resnets|attentions|transformer_blocks|downsamplers|upsamplers"
-LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
+LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 
 
 def table(module: UNet | Autoencoder) -> Table:
     """What PyTorch's diffusers calls the parameters of a model, which may be abstract."""
     name = "a U-Net" if isinstance(module, UNet) else "an autoencoder"
+    return Table(f"{name} of these sizes", rows(module))
+
+
+def rows(module: nnx.Module) -> tuple[Row, ...]:
+    """PyTorch's names of the parameters of one of diffusers' or transformers' Flax models."""
     params = model_dir.flat_params(nnx.state(module, nnx.Param))
-    rows = (Row(_torch_key(path), (path,), _layout(path, p.ndim)) for path, p in params.items())
-    return Table(f"{name} of these sizes", tuple(rows))
+    return tuple(
+        Row(_torch_key(path), (path,), _layout(path, param.ndim)) for path, param in params.items()
+    )
 
 
 def _torch_key(path: str) -> str:
@@ -54,7 +65,7 @@ def _torch_key(path: str) -> str:
         ATTENTION.get(parent) or re.sub(rf"^({LISTS}|net|to_out)_(\d+)$", r"\1.\2", parent)
         for parent in parents
     ]
-    return ".".join([*renamed, LEAVES[leaf]])
+    return ".".join([*renamed, LEAVES.get(leaf, leaf)])
 
 
 def _layout(path: str, ndim: int) -> Layout:
@@ -99,7 +110,10 @@ def load(build: Callable[..., M], config: Any, file: Path, *, compute: Compute) 
     state = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, compute.dtype), state)
     abstract = nnx.merge(graphdef, state)
     if file.suffix == ".msgpack":
-        return nnx.merge(graphdef, _read_flax(file, state))
+        flat, target = read_flax(file), model_dir.flat_params(state)
+        model_dir.check_params(file, {k: np.shape(v) for k, v in flat.items()}, target)
+        arrays = {k: jax.numpy.asarray(v, target[k].dtype) for k, v in flat.items()}
+        return nnx.merge(graphdef, model_dir.unflatten_params(state, arrays))
     weights = _modern(read_weights(file))
     return state_dict.load(weights, table(abstract), abstract, source=str(file))
 
@@ -110,14 +124,16 @@ def _modern(weights: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
     return {old.sub(lambda m: ATTENTION[m[0]], key): value for key, value in weights.items()}
 
 
-def _read_flax(file: Path, state: nnx.State) -> nnx.State:
+def read_flax(file: Path) -> dict[str, np.ndarray]:
+    """The parameters in a .msgpack file of Flax, by path: 'params/conv_in/kernel'.
+
+    Raises:
+      UserError: it is damaged.
+    """
     try:
         tree = serialization.msgpack_restore(file.read_bytes())
         flat = traverse_util.flatten_dict({"params": tree}, sep="/")
     except Exception as error:  # whatever msgpack makes of bytes that are none of its own
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{file} is damaged or cut short; download it again ({reason})") from error
-    target = model_dir.flat_params(state)
-    model_dir.check_params(file, {k: np.shape(v) for k, v in flat.items()}, target)
-    arrays = {k: jax.numpy.asarray(v, target[k].dtype) for k, v in flat.items()}
-    return model_dir.unflatten_params(state, arrays)
+    return flat

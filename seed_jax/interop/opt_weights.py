@@ -134,16 +134,10 @@ def read_tensors(folder: str | Path) -> dict[str, StoredTensor]:
     found = next((folder / name for name in FILES if (folder / name).is_file()), None)
     if found is None:
         raise UserError(f"{folder} has no weights; it should have {TORCH_FILE}")
-    files = [found]
-    if found.suffix == ".json":
-        try:
-            files = [folder / name for name in sorted(set(_json(found)["weight_map"].values()))]
-        except (ValueError, KeyError, AttributeError):
-            raise UserError(f"{found} is not an index of weights") from None
     # The files of the larger sizes leave out the first part of the names.
     return {
         f"model.{key}" if key.startswith("decoder.") else key: tensor
-        for key, tensor in read_weights(files).items()
+        for key, tensor in read_weights(found).items()
     }
 
 

@@ -1,6 +1,7 @@
 """Reads files of PyTorch weights, one tensor at a time. The only place that imports torch."""
 
 import dataclasses
+import json
 import pickle
 import warnings
 import zipfile
@@ -17,6 +18,8 @@ from seed_jax.cli import UserError
 
 # What published checkpoints wrap their state dict in.
 WRAPPERS = ("model", "state_dict")
+# How the name of a file ends that says which files hold the tensors of a large model.
+INDEX_SUFFIX = ".index.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +45,9 @@ def read_weights(paths: str | Path | Iterable[str | Path]) -> dict[str, StoredTe
 
     Args:
       paths: `.safetensors` files, or `.pth`, `.pt` and `.bin` files of `torch.save`, whose state
-        dict may lie under 'model' or 'state_dict'. Where two files hold the same name, the later
-        one wins, as when the original loads one after the other.
+        dict may lie under 'model' or 'state_dict'; an `.index.json` stands for the files that it
+        names. Where two files hold the same name, the later one wins, as when the original loads
+        one after the other.
 
     Returns:
       float16 and bfloat16 tensors keep their types.
@@ -53,9 +57,23 @@ def read_weights(paths: str | Path | Iterable[str | Path]) -> dict[str, StoredTe
         only files of `torch.save` need, is not installed.
     """
     weights: dict[str, StoredTensor] = {}
-    for path in [paths] if isinstance(paths, str | Path) else paths:
-        weights |= _read_file(Path(path))
+    for path in map(Path, [paths] if isinstance(paths, str | Path) else paths):
+        indexed = path.is_file() and path.name.endswith(INDEX_SUFFIX)
+        for file in [path.with_name(name) for name in indexed_files(path)] if indexed else [path]:
+            weights |= _read_file(file)
     return weights
+
+
+def indexed_files(index: Path) -> list[str]:
+    """The names of the files that an `.index.json` of transformers or diffusers lists.
+
+    Raises:
+      UserError: it is not an index of weights.
+    """
+    try:
+        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{index} is not an index of weights") from None
 
 
 def _read_file(path: Path) -> dict[str, StoredTensor]:

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from flax import nnx, traverse_util
+from flax import nnx
 from transformers import CLIPTextConfig, FlaxCLIPTextModel
 
 from seed_jax.cli import UserError
-from seed_jax.models.layers import Array, Compute
+from seed_jax.models.layers import Array, Compute, hold_linen, nest_linen
 
 PACKAGED = Path(__file__).parents[1] / "assets" / "tiny_stable_diffusion"
 
@@ -24,8 +23,7 @@ class TextTeacher(nnx.Module):
     def __init__(self, config: CLIPTextConfig, *, compute: Compute, rngs: nnx.Rngs):
         model = FlaxCLIPTextModel(config, dtype=compute.dtype, _do_init=False)
         params = model.init_weights(rngs.params(), (1, config.max_position_embeddings))
-        flat = traverse_util.flatten_dict(params, sep="/")
-        self.params = nnx.Dict({name: nnx.Param(value) for name, value in flat.items()})
+        self.params = hold_linen(params)
         self.linen = model.module
         self.config = config
 
@@ -34,34 +32,11 @@ class TextTeacher(nnx.Module):
 
         There is no padding mask: Stable Diffusion attends to padding too.
         """
-        params = self._nested_params()
+        params = nest_linen(self.params)
         positions_BT = jax.lax.broadcasted_iota("int32", ids_BT.shape, 1)
         mask_BT = jax.numpy.ones_like(ids_BT)
         outputs: Any = self.linen.apply({"params": params}, ids_BT, mask_BT, positions_BT)
         return outputs.last_hidden_state
-
-    def _nested_params(self) -> dict:
-        flat = {name: value[...] for name, value in self.params.items()}
-        return traverse_util.unflatten_dict(flat, sep="/")
-
-    def save(self, folder: Path) -> None:
-        """Writes the text encoder in transformers' layout: config.json, float16 safetensors."""
-        params = jax.tree.map(lambda a: np.asarray(a, np.float16), self._nested_params())
-        model = FlaxCLIPTextModel(self.config, _do_init=False)
-        model.save_pretrained(folder, params=params, safe_serialization=True)
-
-    def load(self, path: str) -> None:
-        """Takes the weights of a text encoder; see `locate` for `path`."""
-        folder, subfolder = locate(path, "text_encoder")
-        try:
-            # Initialised too, without which it can't convert weights in PyTorch's layout.
-            params = FlaxCLIPTextModel.from_pretrained(folder, subfolder=subfolder).params
-        except OSError as error:
-            raise UserError(f"{path}: no text encoder: {str(error).splitlines()[0]}") from error
-        for name, value in traverse_util.flatten_dict(params, sep="/").items():
-            old = self.params[name].get_value()  # an abstract one will do
-            new = jax.device_put(value.astype(old.dtype), old.sharding)
-            self.params[name].set_value(new)
 
 
 def locate(path: str, part: str) -> tuple[str, str]:
@@ -89,6 +64,14 @@ def _is_hub_name(path: str) -> bool:
 
 
 def load_config(path: str) -> CLIPTextConfig:
-    """The teacher's sizes; see `locate` for `path`."""
+    """The teacher's sizes; see `locate` for `path`.
+
+    Raises:
+      UserError: there is no text encoder, or its config.json can't be read.
+    """
     folder, subfolder = locate(path, "text_encoder")
-    return CLIPTextConfig.from_pretrained(folder, subfolder=subfolder)
+    try:
+        return CLIPTextConfig.from_pretrained(folder, subfolder=subfolder)
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{folder}/{subfolder}: no config of a text encoder: {reason}") from error

@@ -14,6 +14,7 @@ from scipy.cluster.vq import kmeans2
 from seed_jax import losses, model_dir
 from seed_jax.cli import UserError
 from seed_jax.data.text import TextField, load_tokenizer
+from seed_jax.interop import clip_weights
 from seed_jax.models import quantizer, teacher
 from seed_jax.models.teacher import TextTeacher
 from seed_jax.models.tokenizer import EncoderConfig, SeedTokenizer, TokenizerConfig
@@ -79,7 +80,7 @@ class Codebook:
 
     def prepare(self, model: TeachedTokenizer, batches: Iterator[Batch]) -> None:
         model_dir.load_into(model.tokenizer.encoder, self.config.init, causal_qformer.KIND)
-        model.teacher.load(self.config.teacher)
+        clip_weights.load_text_encoder(model.teacher, self.config.teacher)
         if self.config.codebook_health.kmeans_batches:
             self._start_at_means(model.tokenizer, batches)
 

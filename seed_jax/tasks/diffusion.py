@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from seed_jax import model_dir, samplers
 from seed_jax.cli import UserError
 from seed_jax.data.text import TextField, load_tokenizer
-from seed_jax.interop import diffusers_folder, diffusers_weights
+from seed_jax.interop import clip_weights, diffusers_folder, diffusers_weights
 from seed_jax.models import teacher
 from seed_jax.models.stable_diffusion import Autoencoder, UNet, UNetConfig
 from seed_jax.models.teacher import TextTeacher
@@ -24,6 +24,8 @@ MODEL_INDEX = {
     "_class_name": "StableDiffusionPipeline",
     "_diffusers_version": "0.39.0",
     "feature_extractor": [None, None],
+    "image_encoder": [None, None],
+    "requires_safety_checker": False,
     "safety_checker": [None, None],
     "scheduler": ["diffusers", "PNDMScheduler"],
     "text_encoder": ["transformers", "CLIPTextModel"],
@@ -85,7 +87,7 @@ class Diffusion:
 
     def prepare(self, model: DrawingModel, batches: Any) -> None:
         """Takes the frozen parts' weights."""
-        model.teacher.load(self.config.teacher)
+        clip_weights.load_text_encoder(model.teacher, self.config.teacher)
         trained = nnx.state(self.autoencoder, nnx.Param)
         placed = jax.tree.map(
             lambda new, old: jax.device_put(new.astype(old.dtype), old.sharding),
@@ -98,10 +100,7 @@ class Diffusion:
         self, model: DrawingModel, batch: Batch, key: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array], None]:
         latent_key, time_key, noise_key, drop_key = jax.random.split(key, 4)
-        mean_BHWC, logvar_BHWC = model.autoencoder.encode(to_signed(batch["image"]))
-        latents_BHWC = mean_BHWC + jnp.exp(logvar_BHWC / 2) * jax.random.normal(
-            latent_key, mean_BHWC.shape
-        )
+        latents_BHWC, _, _ = model.autoencoder.sample(to_signed(batch["image"]), latent_key)
         latents_BHWC *= self.autoencoder.config.scaling_factor
 
         empty_ids_BT, _ = self._prompts().batch([""])
@@ -127,7 +126,7 @@ class Diffusion:
         """Writes a whole Stable Diffusion directory in diffusers' layout, in float16."""
         diffusers_weights.save(model.unet, path / "unet")
         diffusers_weights.save(model.autoencoder, path / "vae")
-        model.teacher.save(path / "text_encoder")
+        clip_weights.save(model.teacher, path / "text_encoder")
         self.tokenizer.save_pretrained(path / "tokenizer")
         scheduler = {"_class_name": "PNDMScheduler", "_diffusers_version": "0.39.0"}
         _write_json(path / "scheduler" / "scheduler_config.json", scheduler | self.scheduler)

@@ -15,6 +15,7 @@ from transformers import CLIPTextConfig
 
 from seed_jax import losses, model_dir
 from seed_jax.data.text import TextField, load_tokenizer
+from seed_jax.interop import clip_weights
 from seed_jax.models import layers, teacher
 from seed_jax.models.layers import Array, Compute
 from seed_jax.models.teacher import TextTeacher
@@ -124,5 +125,5 @@ class TextEncoder:
 
     def save(self, model: Clip, path: Path) -> None:
         """Writes text_encoder/ (float16) and tokenizer/, as in a Stable Diffusion directory."""
-        model.text.save(path / "text_encoder")
+        clip_weights.save(model.text, path / "text_encoder")
         self.tokenizer.save_pretrained(path / "tokenizer")
