@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from seed_jax import samplers, sharding
 from seed_jax.cli import UserError
 from seed_jax.data.text import TextField, load_tokenizer
-from seed_jax.interop import diffusers_folder
+from seed_jax.interop import clip_weights, diffusers_folder
 from seed_jax.models import teacher
 from seed_jax.models.layers import Array, Compute
 from seed_jax.models.stable_diffusion import Autoencoder, UNet
@@ -68,6 +68,7 @@ class StableDiffusion:
     Attributes:
       width: of the generation embeddings that it draws from.
       size: height and width of its pictures, unless another is asked for.
+      name: for messages.
     """
 
     def __init__(
@@ -85,11 +86,10 @@ class StableDiffusion:
         Args:
           scheduler: diffusers' config of one.
           text: the text encoder, and what makes its ids; None: only embeddings can be drawn from.
-          name: for messages.
         """
         self.width = unet.config.cross_attention_dim
         self.size = (unet.config.sample_size * autoencoder.config.downsampling,) * 2
-        self._name, self._scheduler = name, scheduler
+        self.name, self._scheduler = name, scheduler
         self._stride, self._channels = autoencoder.config.downsampling, unet.config.in_channels
         self._mesh = mesh or sharding.make_mesh({"data": -1}, jax.local_devices())
         self._field = None
@@ -143,7 +143,7 @@ class StableDiffusion:
           UserError: the directory had no text encoder.
         """
         if self._field is None:
-            raise UserError(f"{self._name} has no text_encoder/ and tokenizer/ to encode text with")
+            raise UserError(f"{self.name} has no text_encoder/ and tokenizer/ to encode text with")
         ids_BT, _ = self._field.batch(prompts)
         return self._encode_text(self._text_state, self._split(ids_BT))[: len(prompts)]
 
@@ -244,7 +244,7 @@ class StableDiffusion:
     def _checked(self, embeddings_BSD: Array | np.ndarray) -> Array:
         if embeddings_BSD.ndim != 3 or embeddings_BSD.shape[-1] != self.width:
             raise UserError(
-                f"generation embeddings of shape {list(embeddings_BSD.shape)}: {self._name} draws "
+                f"generation embeddings of shape {list(embeddings_BSD.shape)}: {self.name} draws "
                 f"from [pictures, 77, {self.width}]; use a tokenizer trained with its text encoder"
             )
         return jnp.asarray(embeddings_BSD, jnp.float32)
@@ -292,5 +292,5 @@ def _load_text(path: str, compute: Compute) -> tuple[TextTeacher, TextField]:
     folder, subfolder = teacher.locate(path, "tokenizer")
     tokenizer = load_tokenizer(folder, subfolder=subfolder)
     encoder = nnx.eval_shape(lambda: TextTeacher(config, compute=compute, rngs=nnx.Rngs(0)))
-    encoder.load(path)
+    clip_weights.load_text_encoder(encoder, path)
     return encoder, TextField(tokenizer, config.max_position_embeddings)

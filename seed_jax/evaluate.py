@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from seed_jax import cli, inference, retrieval
+from seed_jax import cli, drawing, inference, reconstruction, retrieval
 from seed_jax.data.sources import open_source
 from seed_jax.models import quantizer
 
@@ -77,6 +77,14 @@ def retrieval_table(results: Results) -> str:
     return "\n".join(lines)
 
 
+def evaluate_reconstruction(args: argparse.Namespace) -> Results:
+    """How alike pictures and their drawings are, as in Table 2; see `reconstruction.results`."""
+    source = open_source(args.data, args.split)
+    return reconstruction.results(
+        *reconstruction.redraw(args, args.model, source, image_encoder=args.image_encoder)
+    )
+
+
 class Suite(NamedTuple):
     """What a suite measures, and how its results read."""
 
@@ -84,7 +92,10 @@ class Suite(NamedTuple):
     table: Callable[[Results], str]
 
 
-SUITES = {"retrieval": Suite(evaluate_retrieval, retrieval_table)}
+SUITES = {
+    "retrieval": Suite(evaluate_retrieval, retrieval_table),
+    "reconstruction": Suite(evaluate_reconstruction, reconstruction.table),
+}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -105,7 +116,15 @@ def main(argv: list[str] | None = None) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="append up to N of a picture's tags to each of its captions (default: captions alone)",
+        help="retrieval: append up to N of a picture's tags to each of its captions (default: "
+        "captions alone)",
+    )
+    parser.add_argument(
+        "--image-encoder",
+        default="",
+        metavar="DIR",
+        help="reconstruction: compare pictures by this CLIP, a directory in transformers layout or "
+        "a hub name (default: the model's own stage-1 encoder)",
     )
     parser.add_argument(
         "--output",
@@ -113,6 +132,7 @@ def main(argv: list[str] | None = None) -> None:
         metavar="FILE",
         help="write the figures here, as JSON",
     )
+    drawing.add_arguments(parser)
     args = parser.parse_args(argv)
 
     suite = SUITES[args.suite]

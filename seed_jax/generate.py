@@ -10,10 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from seed_jax import cli, inference, seed_opt
+from seed_jax import cli, drawing, inference, seed_opt
 from seed_jax.cli import UserError
 from seed_jax.data.sequences import CAPTION_PROMPT, QUESTION_PROMPT
-from seed_jax.diffusion import StableDiffusion
 from seed_jax.models.generation import Decoding
 from seed_jax.seed_opt import SeedOPT
 
@@ -59,13 +58,13 @@ def draw(model: SeedOPT, args: argparse.Namespace) -> dict[str, Any]:
     """Writes a picture's codes, and draws them where there is a file to draw into."""
     diffusion = None
     if args.output is not None:
-        diffusion = StableDiffusion.from_pretrained(args.diffusion)
+        diffusion = drawing.open_diffusion(args, model.tokenizer, args.model)
     decoding = decoding_of(args, seed_opt.DRAWING)
     codes_BQ = model.draw([args.draw], decoding=decoding, seed=args.seed)
     result = {"text": args.draw, "codes": codes_BQ[0].tolist()}
     if diffusion is not None:
         embeddings = model.tokenizer.embed(jnp.asarray(codes_BQ))
-        pictures = diffusion.draw(embeddings, steps=args.steps, seed=args.seed)
+        pictures = diffusion.draw(embeddings, seed=args.seed, **drawing.settings(args))
         Image.fromarray(np.asarray(pictures[0])).save(args.output)
         result["output"] = str(args.output)
     if not args.json:
@@ -112,15 +111,6 @@ def main(argv: list[str] | None = None) -> None:
         metavar="FILE.png",
         help="with --draw: also draw the codes, by diffusion",
     )
-    parser.add_argument(
-        "--diffusion",
-        default="",
-        metavar="DIR",
-        help="Stable Diffusion 1.x directory or hub name; the small packaged one by default",
-    )
-    parser.add_argument(
-        "--steps", type=inference.positive, default=25, metavar="N", help="of the diffusion (25)"
-    )
     parser.add_argument("--json", action="store_true", help="print one JSON object, at the end")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is random")
     writing = parser.add_argument_group("how to write")
@@ -141,6 +131,7 @@ def main(argv: list[str] | None = None) -> None:
     writing.add_argument(
         "--repetition-penalty", type=float, metavar="X", help="above 1: words repeat less (1)"
     )
+    drawing.add_arguments(parser)
     args = parser.parse_args(argv)
     if args.question is not None and args.image is None:
         parser.error("--question asks about a picture; give --image too")

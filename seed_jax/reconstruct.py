@@ -11,24 +11,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from matplotlib.figure import Figure
 from PIL import Image
 from tqdm import tqdm
 
-from seed_jax import cli, inference, model_dir
+from seed_jax import cli, drawing, inference, model_dir
 from seed_jax.cli import UserError
 from seed_jax.data import pipeline
 from seed_jax.data.sources import PICTURE_SUFFIXES, Source
-from seed_jax.diffusion import StableDiffusion
-from seed_jax.models.layers import Compute
+from seed_jax.drawing import Shown
 from seed_jax.models.tokenizer import SeedTokenizer
-from seed_jax.samplers import SAMPLERS
-from seed_jax.tasks import PRECISIONS
-from seed_jax.tokenize import HASH_DIGITS, open_pictures
+from seed_jax.tokenize import HASH_DIGITS, add_images_argument, open_pictures
 
 CODES_SUFFIX = ".jsonl"
 ON_SHEET = 24
-SHEET_COLUMNS = 4
 
 
 class Codes(NamedTuple):
@@ -109,19 +104,7 @@ def reconstruct(args: argparse.Namespace) -> None:
     """
     model_hash = model_dir.describe(args.model)["content_hash"][:HASH_DIGITS]
     model = SeedTokenizer.from_pretrained(args.model)
-    if model.config.generation.kind != "reverse_qformer" or model.config.generation.queries == 1:
-        raise UserError(
-            f"{args.model} makes one image embedding of the codes, for unCLIP; Stable Diffusion "
-            "1.x draws from text states"
-        )
-    diffusion = StableDiffusion.from_pretrained(
-        args.diffusion, compute=Compute(PRECISIONS[args.precision])
-    )
-    if (width := model.config.generation.output_dim) != diffusion.width:
-        raise UserError(
-            f"{args.model} makes generation embeddings {width} wide, but {args.diffusion} draws "
-            f"from {diffusion.width}; train stage 2 with config.teacher={args.diffusion}"
-        )
+    diffusion = drawing.open_diffusion(args, model, args.model)
     runner = inference.Runner(model)
     batch = runner.batch_size(args.batch_size)
     if args.images.suffix == CODES_SUFFIX:
@@ -134,7 +117,7 @@ def reconstruct(args: argparse.Namespace) -> None:
         total = len(batches)
     embed = runner.compile(SeedTokenizer.embed)
 
-    shown: list[tuple[str, np.ndarray | None, np.ndarray]] = []
+    shown: list[Shown] = []
     drawn = 0
     with tqdm(total=total, unit="picture", dynamic_ncols=True) as bar:
         for part in batches:
@@ -143,23 +126,23 @@ def reconstruct(args: argparse.Namespace) -> None:
             codes_BQ = np.pad(part.codes_BQ, ((0, batch - count), (0, 0)), mode="edge")
             pictures = np.asarray(
                 diffusion.draw(
-                    embed(codes_BQ),
-                    steps=args.steps,
-                    guidance_scale=args.guidance_scale,
-                    scheduler=args.scheduler,
-                    seed=args.seed,
-                    first=drawn,
+                    embed(codes_BQ), seed=args.seed, first=drawn, **drawing.settings(args)
                 )
             )[:count]
             for name, picture in zip(part.names, pictures, strict=True):
                 file = output_name(args.output, name)
                 file.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(picture).save(file)
-            shown += zip(part.names, part.originals, pictures, strict=True)
+            shown += [
+                Shown(name, {"": original, "from its codes": picture})
+                for name, original, picture in zip(
+                    part.names, part.originals, pictures, strict=True
+                )
+            ]
             del shown[ON_SHEET:]
             drawn += count
             bar.update(count)
-    draw_sheet(shown, args.output / "sheet.png")
+    drawing.draw_sheet(shown, args.output / "sheet.png")
     print(f"drew {drawn} pictures into {args.output}; {args.output / 'sheet.png'} shows the first")
 
 
@@ -171,56 +154,18 @@ def output_name(folder: Path, name: str) -> Path:
     return folder.joinpath(*parts[:-1], f"{stem}.png")
 
 
-def draw_sheet(shown: list[tuple[str, np.ndarray | None, np.ndarray]], output: Path) -> None:
-    """Originals, where there are any, and what was drawn, side by side."""
-    rows = -(-len(shown) // SHEET_COLUMNS)
-    figure = Figure(figsize=(4.2 * SHEET_COLUMNS, 2.4 * rows), layout="constrained")
-    axes = figure.subplots(rows, 2 * SHEET_COLUMNS, squeeze=False)
-    for axis in axes.flat:
-        axis.set_axis_off()
-    for (name, original, drawing), pair in zip(shown, axes.reshape(-1, 2), strict=False):
-        pair[0].set_title(name, fontsize=8, loc="left")
-        if original is not None:
-            pair[0].imshow(original, interpolation="lanczos")
-        pair[1].imshow(drawing, interpolation="lanczos")
-        pair[1].set_title("from its codes", fontsize=8, loc="left", color="#57606a")
-    figure.savefig(output, dpi=100, facecolor="white")
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m seed_jax.reconstruct",
         description="Turns pictures into codes and draws them again with Stable Diffusion.",
     )
     inference.add_arguments(parser)
-    parser.add_argument(
-        "--images",
-        required=True,
-        type=Path,
-        metavar="PATH",
-        help="pictures, as for seed_jax.tokenize, or the codes.jsonl that it wrote",
-    )
+    add_images_argument(parser, or_else="; or the codes.jsonl that seed_jax.tokenize wrote")
     parser.add_argument(
         "--output", required=True, type=output_folder, metavar="DIR", help="where drawings go"
     )
-    parser.add_argument(
-        "--diffusion",
-        required=True,
-        metavar="DIR",
-        help="Stable Diffusion 1.x, a directory in diffusers layout or a hub name: the one whose "
-        "text encoder was config.teacher of stage 2",
-    )
-    parser.add_argument("--steps", type=int, default=50, metavar="N", help="of the sampler (50)")
-    parser.add_argument("--scheduler", choices=SAMPLERS, default="pndm", help="sampler (pndm)")
-    parser.add_argument(
-        "--guidance-scale",
-        type=float,
-        default=7.5,
-        metavar="X",
-        help="how far to go beyond what would be drawn from nothing (7.5); 1 for no guidance",
-    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise (0)")
-    parser.add_argument("--precision", choices=PRECISIONS, default="float32", help="of the U-Net")
+    drawing.add_arguments(parser)
     reconstruct(parser.parse_args(argv))
 
 

@@ -3,7 +3,7 @@
     python -m seed_jax.report --run OUT
 
 reads OUT/causal_qformer and OUT/codebook (workdirs of the two stages) and OUT/tokenizer, and writes
-OUT/summary.json, OUT/curves.png, OUT/pictures.png and OUT/some_folder.
+OUT/summary.json, OUT/curves.png, OUT/pictures.png, OUT/drawings.png and OUT/some_folder.
 """
 
 import argparse
@@ -21,11 +21,13 @@ from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec, GridSpecFromSubplotSpec
 from PIL import Image
 
-from seed_jax import cli, evaluate, inference
+from seed_jax import cli, drawing, evaluate, inference, reconstruction
 from seed_jax.cli import UserError
 from seed_jax.data.sources import CAPTIONS_FILE, Record, Source, open_source
 from seed_jax.data.transforms import decode
+from seed_jax.drawing import Shown
 from seed_jax.inference import Embeddings
+from seed_jax.reconstruction import Drawn
 
 SPLITS = {
     "style": "Held-out drawings of things seen in training",
@@ -51,6 +53,7 @@ PANELS = {
 }
 CARDS_PER_SPLIT = 6
 SHOWN_CAPTIONS = 3
+SHOWN_DRAWINGS = 20
 CAPTION_WIDTH = 54
 CODE_COLUMNS = 8
 CARD_INCHES, HEAD_INCHES = 1.9, 0.7
@@ -189,14 +192,14 @@ def picture_suffix(record: Record) -> str:
         return f".{str(picture.format).lower()}"
 
 
-def report(run: Path, *, data: str, max_tags: int, started: float) -> None:
-    """Evaluates, draws, and tells the user what there is to see; `started` is a time in seconds."""
+def report(args: argparse.Namespace) -> None:
+    """Evaluates, draws, and tells the user what there is to see."""
+    run, model = args.run, args.run / "tokenizer"
     draw_curves(run, run / "curves.png")
-    model = run / "tokenizer"
     results, cards, codes, size = {}, {}, [], 0
     for split, title in SPLITS.items():
-        source = open_source(data, split)
-        embedded = inference.embed(model, source, max_tags=max_tags)
+        source = open_source(args.data, split)
+        embedded = inference.embed(model, source, max_tags=args.max_tags)
         if embedded.codes is None:
             raise UserError(f"{model} holds a model of stage 1; copy stage 2's there")
         codes.append(embedded.codes.codes_PQ)
@@ -204,14 +207,38 @@ def report(run: Path, *, data: str, max_tags: int, started: float) -> None:
         results[split] = evaluate.retrieval_results(embedded)
         cards[title] = make_cards(source, embedded, CARDS_PER_SPLIT)
     draw_sheet(cards, size, run / "pictures.png")
-    write_folder(open_source(data, "style"), run / "some_folder", max_tags)
+    style = open_source(args.data, "style")
+    write_folder(style, run / "some_folder", args.max_tags)
+    encoder, batches = reconstruction.redraw(args, model, style)
+    redrawn = list(batches)
+    drawing.draw_sheet(shown_drawings(redrawn), run / "drawings.png")
     summary = {
         "retrieval": results,
         "codebook": evaluate.codebook_health(np.concatenate(codes), size),
-        "seconds": round(time.time() - started, 1),
+        "reconstruction": reconstruction.results(encoder, redrawn),
+        "seconds": round(time.time() - args.started, 1),
     }
     (run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(story(run, summary))
+
+
+def shown_drawings(redrawn: list[Drawn]) -> list[Shown]:
+    """Some of the pictures beside their drawings, spread evenly over all."""
+    groups = [
+        Shown(
+            _short(caption),
+            {
+                "": original,
+                "from its codes": batch.drawings["codes"][i],
+                "from its caption": batch.drawings["caption"][i],
+            },
+        )
+        for batch in redrawn
+        for i, (caption, original) in enumerate(zip(batch.captions, batch.originals, strict=True))
+    ]
+    return [
+        groups[i] for i in np.unique(np.linspace(0, len(groups) - 1, SHOWN_DRAWINGS, dtype=int))
+    ]
 
 
 def story(run: Path, summary: dict[str, Any]) -> str:
@@ -220,6 +247,8 @@ def story(run: Path, summary: dict[str, Any]) -> str:
     for split, title in SPLITS.items():
         table = evaluate.retrieval_table(summary["retrieval"][split])
         lines += [f"\n{title} (split {split!r})", textwrap.indent(table, "  ")]
+    table = reconstruction.table(summary["reconstruction"])
+    lines += ["\nDrawn again (split 'style')", textwrap.indent(table, "  ")]
     minutes, seconds = divmod(round(summary["seconds"]), 60)
     health = summary["codebook"]
     lines.append(
@@ -229,6 +258,7 @@ Trained and evaluated a tokenizer in {minutes} min {seconds} s. The held-out pic
 
 Open
   {run}/pictures.png   held-out pictures, their codes, and the captions found for them
+  {run}/drawings.png   held-out pictures, drawn from their codes and from their captions
   {run}/curves.png     how both stages learned
   {run}/summary.json   the figures above
   {run}/codes.jsonl    the codes of all held-out pictures
@@ -237,7 +267,9 @@ Try
   .venv/bin/python -m seed_jax.tokenize --model {run}/tokenizer --images {run}/some_folder \\
       --output codes.jsonl
   .venv/bin/python -m seed_jax.evaluate --model {run}/tokenizer --suite retrieval \\
-      --data {run}/some_folder"""
+      --data {run}/some_folder
+  .venv/bin/python -m seed_jax.reconstruct --model {run}/tokenizer --images {run}/some_folder \\
+      --output {run}/drawn"""
     )
     return "\n".join(lines)
 
@@ -258,8 +290,16 @@ def main(argv: list[str] | None = None) -> None:
         metavar="SECONDS",
         help="when the run began, in seconds since 1970 (default: now)",
     )
-    args = parser.parse_args(argv)
-    report(args.run, data=args.data, max_tags=args.max_tags, started=args.started)
+    parser.add_argument(
+        "--batch-size",
+        type=inference.positive,
+        default=50,
+        metavar="N",
+        help="pictures drawn at a time (50)",
+    )
+    # A fast sampler: hundreds of pictures are drawn.
+    drawing.add_arguments(parser, steps=12, scheduler="dpm")
+    report(parser.parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,19 @@ HASH_DIGITS = 16
 NAMED_IN_ERROR = 3
 
 
+def add_images_argument(parser: argparse.ArgumentParser, *, or_else: str = "") -> None:
+    """The option that names what `open_pictures` opens; `or_else` says what more it may name."""
+    parser.add_argument(
+        "--images",
+        required=True,
+        type=Path,
+        metavar="PATH",
+        help="a folder of pictures, one picture, a .txt file with a path a line (relative to that "
+        "file), a .array_record file or a folder of them, or 'embedded' for the packaged "
+        f"pictures{or_else}",
+    )
+
+
 class PictureFiles:
     """A source of picture files wherever they lie, without captions."""
 
@@ -186,14 +199,7 @@ def main(argv: list[str] | None = None) -> None:
         "again goes on where it stopped.",
     )
     inference.add_arguments(parser)
-    parser.add_argument(
-        "--images",
-        required=True,
-        type=Path,
-        metavar="PATH",
-        help="a folder of pictures, one picture, a .txt file with a path a line (relative to that "
-        "file), a .array_record file or a folder of them, or 'embedded' for the packaged pictures",
-    )
+    add_images_argument(parser)
     parser.add_argument(
         "--output",
         required=True,

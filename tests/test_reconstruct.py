@@ -11,7 +11,10 @@ from tiny import CODES, QUERIES, save_tokenizer, write_pictures
 
 from seed_jax import tokenize
 from seed_jax.cli import UserError
+from seed_jax.interop import diffusers_weights
+from seed_jax.models import teacher
 from seed_jax.reconstruct import main, output_name
+from tests.test_diffusion_weights import random_model
 from tests.tiny_diffusion import save_stable_diffusion
 
 PICTURES = 5
@@ -88,6 +91,28 @@ def test_models_that_do_not_fit(there, tmp_path):
     shutil.rmtree(diffusion / "unet")
     with pytest.raises(UserError, match="has no unet/"):
         reconstruct(there, there / "pictures", tmp_path / "out", f"--diffusion={diffusion}")
+
+
+def test_the_packaged_diffusion_model_is_the_default(there, tmp_path, monkeypatch):
+    monkeypatch.setattr(teacher, "PACKAGED", there / "diffusion")
+    options = ["--model", there / "model", "--images", there / "codes.jsonl", "--steps", 1]
+    options = [*map(str, options), "--output", str(tmp_path / "out")]
+    main(options)
+    assert len(list((tmp_path / "out").glob("*.png"))) == PICTURES + 1
+
+    wide = shutil.copytree(there / "diffusion", tmp_path / "wide")
+    shutil.rmtree(wide / "text_encoder")
+    diffusers_weights.save(random_model("unet", cross_attention_dim=20), wide / "unet")
+    monkeypatch.setattr(teacher, "PACKAGED", wide)
+    with pytest.raises(UserError, match=rf"12 wide, but {wide} draws from 20; name as --diffusion"):
+        main(options)
+
+
+def test_no_steps_are_refused(there, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        reconstruct(there, there / "pictures", tmp_path / "out", "--steps=0")
+    assert stopped.value.code == 2
+    assert "--steps: must be at least 1" in capsys.readouterr().err
 
 
 def test_drawings_stay_in_their_folder():

@@ -11,6 +11,7 @@ from tiny import CODES, save_tokenizer, write_pictures
 from seed_jax import evaluate, report
 from seed_jax.cli import UserError
 from seed_jax.data.sources import open_source, write_array_record
+from tests.tiny_diffusion import save_stable_diffusion
 
 PICTURES = 12
 
@@ -37,7 +38,9 @@ def run(data, tmp_path_factory) -> Path:
         names = [name for group in panels.values() for name in group]
         rows = [{"step": step} | dict.fromkeys(names, 1 / step) for step in (1, 2, 3)]
         (run / stage / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    report.main(["--run", str(run), "--data", str(data), "--max-tags", "1", "--started", "0"])
+    options = {"run": run, "data": data, "max-tags": 1, "started": 0, "steps": 2, "batch-size": 8}
+    options["diffusion"] = save_stable_diffusion(run / "diffusion")
+    report.main([f"--{name}={value}" for name, value in options.items()])
     return run
 
 
@@ -47,7 +50,7 @@ def summary_of(run: Path) -> dict:
 
 def test_the_summary_has_the_figures_of_both_splits(run):
     summary = summary_of(run)
-    assert set(summary) == {"retrieval", "codebook", "seconds"}
+    assert set(summary) == {"retrieval", "codebook", "reconstruction", "seconds"}
     assert set(summary["retrieval"]) == {"style", "concept"}
     for results in summary["retrieval"].values():
         assert results["chance_r10"] > 10 / (2 * PICTURES)
@@ -57,6 +60,9 @@ def test_the_summary_has_the_figures_of_both_splits(run):
     assert 1 / CODES <= summary["codebook"]["usage"] <= 1
     assert 1 <= summary["codebook"]["perplexity"] <= CODES
     assert summary["seconds"] > 0
+    alike = summary["reconstruction"]
+    assert alike["pictures"] == PICTURES
+    assert all(-1 <= alike[row] <= 1 for row in ("codes", "caption", "shuffled"))
 
 
 def test_the_folder_it_writes_evaluates_to_the_same_figures(run, tmp_path):
@@ -67,7 +73,7 @@ def test_the_folder_it_writes_evaluates_to_the_same_figures(run, tmp_path):
     assert json.loads(output.read_text()) == summary_of(run)["retrieval"]["style"]
 
 
-@pytest.mark.parametrize("name", ["curves.png", "pictures.png"])
+@pytest.mark.parametrize("name", ["curves.png", "pictures.png", "drawings.png"])
 def test_the_drawings_have_something_on_them(run, name):
     with Image.open(run / name) as drawing:
         pixels = np.asarray(drawing.convert("L"))

@@ -1,0 +1,119 @@
+"""What commands that draw share: options, a model that fits the tokenizer, sheets of pictures."""
+
+import argparse
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from seed_jax import inference
+from seed_jax.cli import UserError
+from seed_jax.diffusion import Sampler, StableDiffusion
+from seed_jax.models.layers import Compute
+from seed_jax.models.tokenizer import SeedTokenizer
+from seed_jax.samplers import SAMPLERS
+from seed_jax.tasks import PRECISIONS
+
+SHEET_PANELS = 8  # side by side, at most
+PANEL_INCHES = (2.1, 2.4)
+
+
+class Shown(NamedTuple):
+    """Pictures that belong together on a sheet.
+
+    Attributes:
+      title: stands over the first of them.
+      panels: what stands over a picture -> the picture, uint8 [H, W, 3]; None leaves a gap.
+    """
+
+    title: str
+    panels: dict[str, np.ndarray | None]
+
+
+def add_arguments(
+    parser: argparse.ArgumentParser, *, steps: int = 50, scheduler: Sampler = "pndm"
+) -> None:
+    """The options of drawing, with these defaults; see `open_diffusion` and `settings`."""
+    group = parser.add_argument_group("how to draw")
+    group.add_argument(
+        "--diffusion",
+        default="",
+        metavar="DIR",
+        help="Stable Diffusion 1.x, a directory in diffusers layout or a hub name: the one whose "
+        "text encoder was config.teacher of stage 2 (default: the small packaged one)",
+    )
+    group.add_argument(
+        "--steps",
+        type=inference.positive,
+        default=steps,
+        metavar="N",
+        help=f"of the sampler ({steps})",
+    )
+    group.add_argument(
+        "--scheduler", choices=SAMPLERS, default=scheduler, help=f"sampler ({scheduler})"
+    )
+    group.add_argument(
+        "--guidance-scale",
+        type=float,
+        default=7.5,
+        metavar="X",
+        help="how far to go beyond what would be drawn from nothing (7.5); 1 for no guidance",
+    )
+    group.add_argument("--precision", choices=PRECISIONS, default="float32", help="of the U-Net")
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What the options say to `StableDiffusion.draw`."""
+    return {
+        "steps": args.steps,
+        "scheduler": args.scheduler,
+        "guidance_scale": args.guidance_scale,
+    }
+
+
+def open_diffusion(
+    args: argparse.Namespace, tokenizer: SeedTokenizer, name: str | Path
+) -> StableDiffusion:
+    """The diffusion model that the options name, if it draws from this tokenizer's embeddings.
+
+    Args:
+      name: what to call the tokenizer.
+
+    Raises:
+      UserError: see `StableDiffusion.from_pretrained`; or the two do not fit one another.
+    """
+    generation = tokenizer.config.generation
+    if generation.kind != "reverse_qformer" or generation.queries == 1:
+        raise UserError(
+            f"{name} makes one image embedding of the codes, for unCLIP; Stable Diffusion 1.x "
+            "draws from text states"
+        )
+    compute = Compute(PRECISIONS[args.precision])
+    diffusion = StableDiffusion.from_pretrained(args.diffusion, compute=compute)
+    if generation.output_dim != diffusion.width:
+        raise UserError(
+            f"{name} makes generation embeddings {generation.output_dim} wide, but "
+            f"{diffusion.name} draws from {diffusion.width}; name as --diffusion the one whose "
+            "text encoder was config.teacher of its stage 2"
+        )
+    return diffusion
+
+
+def draw_sheet(shown: list[Shown], output: Path) -> None:
+    """Draws groups of pictures, all with the same panels, side by side in rows."""
+    panels = len(shown[0].panels)
+    columns = max(1, SHEET_PANELS // panels)
+    rows = -(-len(shown) // columns)
+    width, height = PANEL_INCHES
+    figure = Figure(figsize=(width * panels * columns, height * rows), layout="constrained")
+    axes = figure.subplots(rows, panels * columns, squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for group, row in zip(shown, axes.reshape(-1, panels), strict=False):
+        for axis, (label, picture) in zip(row, group.panels.items(), strict=True):
+            axis.set_title(label, fontsize=8, loc="left", color="#57606a")
+            if picture is not None:
+                axis.imshow(picture, interpolation="lanczos")
+        row[0].set_title(group.title, fontsize=8, loc="left")
+    figure.savefig(output, dpi=100, facecolor="white")

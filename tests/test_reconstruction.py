@@ -1,0 +1,164 @@
+"""How alike pictures and their drawings are: the suite through the command line, and its parts."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import SIDE, save_tokenizer, write_pictures
+from transformers import CLIPConfig
+
+from seed_jax import SeedTokenizer, evaluate, reconstruction
+from seed_jax.cli import UserError
+from seed_jax.data.transforms import CLIP_MEAN, CLIP_STD, resize
+from seed_jax.diffusion import StableDiffusion
+from seed_jax.reconstruction import ROWS
+from tests.tiny_diffusion import save_stable_diffusion
+
+PICTURES = 10
+CLIP_SIDE = 8
+
+
+@pytest.fixture(scope="module")
+def there(tmp_path_factory) -> Path:
+    """model/, diffusion/ and pictures/."""
+    folder = tmp_path_factory.mktemp("reconstruction")
+    save_tokenizer(folder / "model")
+    save_stable_diffusion(folder / "diffusion")
+    write_pictures(folder / "pictures", PICTURES)
+    return folder
+
+
+def measure(there: Path, *options: str) -> dict:
+    arguments = {
+        "model": there / "model",
+        "suite": "reconstruction",
+        "data": there / "pictures",
+        "diffusion": there / "diffusion",
+        "steps": 2,
+        "scheduler": "ddim",
+        "guidance-scale": 1,
+        "batch-size": 8,
+        "output": there / "results.json",
+    }
+    evaluate.main([*(f"--{name}={value}" for name, value in arguments.items()), *options])
+    return json.loads((there / "results.json").read_text())
+
+
+def test_every_thing_gets_another():
+    for count in (2, 3, 10, 251):
+        places = reconstruction.another(count)
+        assert sorted(places) == list(range(count))
+        assert (places != np.arange(count)).all()
+        np.testing.assert_array_equal(places, reconstruction.another(count))
+
+
+def test_figures_against_a_simple_computation(there, capsys):
+    # Two batches, the second one not full.
+    results = measure(there)
+    table = capsys.readouterr().out
+
+    model = SeedTokenizer.from_pretrained(there / "model")
+    diffusion = StableDiffusion.from_pretrained(str(there / "diffusion"))
+    files = sorted((there / "pictures").glob("*.png"))
+    lines = (there / "pictures" / "captions.jsonl").read_text().splitlines()
+    captions = [json.loads(line)["captions"][0] for line in lines]
+    originals = np.stack([resize(Image.open(file), SIDE) for file in files])
+    codes_PQ = np.asarray(jax.jit(model.encode)(originals))
+    embed = jax.jit(model.embed)
+    embeddings = {
+        "codes": embed(codes_PQ),
+        "caption": diffusion.text_states(captions),
+        "shuffled": embed(codes_PQ[reconstruction.another(PICTURES)]),
+    }
+
+    image_features = jax.jit(lambda images: model.image_features(model.causal_embeddings(images)))
+
+    def features(pictures):
+        small = [resize(Image.fromarray(np.asarray(picture)), SIDE) for picture in pictures]
+        return np.asarray(image_features(np.stack(small)))
+
+    for row in ROWS:
+        drawn = diffusion.draw(embeddings[row], steps=2, scheduler="ddim", guidance_scale=1)
+        expected = np.sum(features(originals) * features(drawn), axis=1).mean()
+        assert results[row] == pytest.approx(expected, abs=2e-3)
+        assert f"{results[row]:.3f}" in table
+    assert len({results[row] for row in ROWS}) == 3
+    assert results["encoder"] == f"stage-1 encoder of {there / 'model'}"
+    assert "CLIP" not in table
+    assert results["pictures"] == PICTURES
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """A random CLIP, as transformers' PyTorch saves it."""
+    import torch
+    from transformers import CLIPModel
+
+    sizes = {
+        "hidden_size": 8,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    config = CLIPConfig(
+        text_config={**sizes, "vocab_size": 20, "max_position_embeddings": 9},
+        vision_config={**sizes, "image_size": CLIP_SIDE, "patch_size": 4},
+        projection_dim=6,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = CLIPModel(config).eval()
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+    folder = tmp_path_factory.mktemp("clip")
+    model.save_pretrained(folder)
+    return folder, model
+
+
+def test_a_clip_sees_what_pytorchs_sees(there, clip):
+    import torch
+
+    folder, theirs = clip
+    encoder = reconstruction.clip_encoder(str(folder))
+    assert (encoder.name, encoder.size) == (str(folder), CLIP_SIDE)
+    shape = (8, CLIP_SIDE, CLIP_SIDE, 3)
+    images = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+    pixels = (images / 255 - np.array(CLIP_MEAN)) / np.array(CLIP_STD)
+    with torch.no_grad():
+        expected = theirs.get_image_features(
+            torch.from_numpy(pixels.transpose(0, 3, 1, 2)).float()
+        ).numpy()
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    np.testing.assert_allclose(encoder.features(images), expected, rtol=0, atol=1e-5)
+
+    results = measure(there, f"--image-encoder={folder}")
+    assert results["encoder"] == str(folder)
+    assert all(-1 <= results[row] <= 1 for row in ROWS)
+
+
+def test_what_is_refused(there, clip, tmp_path):
+    def refused(message: str, *options: str) -> None:
+        with pytest.raises(UserError, match=message) as error:
+            measure(there, *options)
+        assert "\n" not in str(error.value)
+
+    nowhere = tmp_path / "nowhere"
+    refused("no CLIP in transformers' layout there", f"--image-encoder={nowhere}")
+    refused("no such directory", f"--diffusion={nowhere}")
+    refused("a model directory is what", f"--model={nowhere}")
+    one = write_pictures(tmp_path / "one", 1)
+    refused("another is needed to draw from its codes", f"--data={one}")
+
+    folder = shutil.copytree(clip[0], tmp_path / "clip")
+    config = json.loads((folder / "config.json").read_text())
+    config["vision_config"]["num_hidden_layers"] = 3
+    (folder / "config.json").write_text(json.dumps(config))
+    refused(r"missing: vision_model\.encoder\.layers\.2", f"--image-encoder={folder}")
+
+    mute = shutil.copytree(there / "diffusion", tmp_path / "mute")
+    shutil.rmtree(mute / "text_encoder")
+    refused("has no text_encoder/ and tokenizer/", f"--diffusion={mute}")
