@@ -20,7 +20,9 @@ def get_config() -> ConfigDict:
     config.batch_size = 64 * 64  # pictures in a step, all devices together
     config.image_size = 224  # pixels a side
     config.precision = "float16"  # float32, bfloat16 or float16; V100s have no bfloat16
-    config.remat = True  # recompute layers in the backward pass to save memory
+    # What the backward pass recomputes to save memory: "none", "dots" (all of a layer but its
+    # products with weights) or "full".
+    config.remat = "full"
     config.unroll = False  # unroll the loop over layers; worth it for small models on a CPU
     config.mesh = ConfigDict(
         {"data": -1, "fsdp": 1, "tensor": 1}

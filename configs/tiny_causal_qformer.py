@@ -14,7 +14,7 @@ def get_config() -> ConfigDict:
     config.batch_size = 128
     config.image_size = 64
     config.precision = "float32"
-    config.remat = False
+    config.remat = "none"
     config.unroll = True
     config.train_vit = True
     config.query_gain = 6.0

@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
     config.batch_size = 32
     config.image_size = 64
     config.precision = "float32"
-    config.remat = False
+    config.remat = "none"
     config.unroll = True
     config.teacher = ""
 

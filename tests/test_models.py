@@ -106,7 +106,7 @@ def test_how_a_model_runs_does_not_change_what_it_computes():
         return jax.value_and_grad(run)(state)
 
     plain = embed_and_grad(Compute())
-    for compute in (Compute(remat=True), Compute(unroll=True)):
+    for compute in (Compute(remat="full"), Compute(remat="dots"), Compute(unroll=True)):
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4, rtol=2e-4),
             plain,

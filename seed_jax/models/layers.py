@@ -18,6 +18,13 @@ Array = jax.Array
 M = TypeVar("M")
 S = TypeVar("S")
 
+# What the forward pass of a layer keeps for the backward pass; the rest is computed again.
+REMAT = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Compute:
@@ -26,12 +33,13 @@ class Compute:
     Attributes:
       dtype: of activations and matmuls. LayerNorm statistics, softmax and vector quantisation stay
         in float32 whatever it says.
-      remat: recompute each layer in the backward pass instead of keeping its activations.
+      remat: what the backward pass recomputes, a key of `REMAT`: 'none', 'dots' all of a layer but
+        its products with weights, 'full' the whole layer.
       unroll: unroll the loop over layers: slower to compile, faster to run when layers are small.
     """
 
     dtype: Any = jnp.float32
-    remat: bool = False
+    remat: str = "none"
     unroll: bool = False
 
 
@@ -199,8 +207,8 @@ def scan(
     body: Callable[[Array, S], tuple[Array, Any]], x: Array, stacked: S, *, compute: Compute
 ) -> tuple[Array, Any]:
     """`jax.lax.scan` of `body` over stacked layers, as `compute` says to run them."""
-    if compute.remat:
-        body = jax.checkpoint(body, prevent_cse=False)
+    if compute.remat != "none":
+        body = jax.checkpoint(body, prevent_cse=False, policy=REMAT[compute.remat])
     return jax.lax.scan(body, x, stacked, unroll=True if compute.unroll else 1)
 
 

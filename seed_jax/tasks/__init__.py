@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from seed_jax.cli import UserError
 from seed_jax.data.text import CaptionField
-from seed_jax.models.layers import Compute
+from seed_jax.models.layers import REMAT, Compute
 
 Batch = dict[str, jax.Array]
 PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
@@ -21,12 +21,11 @@ def compute_of(config: ConfigDict) -> Compute:
     """How the config says to run a model.
 
     Raises:
-      UserError: an unknown precision.
+      UserError: an unknown precision or way to recompute.
     """
-    if config.precision not in PRECISIONS:
-        raise UserError(
-            f"config.precision is {config.precision!r}; it can be {', '.join(PRECISIONS)}"
-        )
+    for field, known in (("precision", PRECISIONS), ("remat", REMAT)):
+        if config[field] not in known:
+            raise UserError(f"config.{field} is {config[field]!r}; it can be {', '.join(known)}")
     return Compute(PRECISIONS[config.precision], remat=config.remat, unroll=config.unroll)
 
 
