@@ -30,6 +30,7 @@ def get_config() -> ConfigDict:
     config.init = ""  # model directory to start from; needed unless the ViT trains
     config.train_vit = False  # the paper keeps the ViT frozen
     config.query_gain = 1.0  # without init: sharpens the queries' first look at the picture
+    config.word_scale = 1.0  # without init: of the first word embeddings, which rare words keep
     config.tokenizer = "bert-base-uncased"  # hub name or folder; "" is the packaged small one
 
     config.model = ConfigDict()

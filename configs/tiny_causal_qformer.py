@@ -10,21 +10,22 @@ from configs import causal_qformer
 
 def get_config() -> ConfigDict:
     config = causal_qformer.get_config().unlock()
-    config.steps = 750
+    config.steps = 700
     config.batch_size = 128
     config.image_size = 64
     config.precision = "float32"
     config.remat = "none"
     config.unroll = True
     config.train_vit = True
-    config.query_gain = 6.0
+    config.query_gain = 3.0
+    config.word_scale = 3.0
     config.tokenizer = ""
 
     config.model.vit.update(image_size=64, patch_size=16, width=128, depth=4, heads=2, mlp_dim=512)
     config.model.qformer.update(
         width=128,
         depth=2,
-        heads=2,
+        heads=4,
         mlp_dim=256,
         encoder_width=128,
         dropout=0.0,
@@ -32,16 +33,17 @@ def get_config() -> ConfigDict:
         max_positions=32,
     )
     config.model.contrastive_dim = 128
-    config.model.text_length = 24
+    config.model.text_length = 32
 
     config.loss.min_temperature = 0.01
     config.optimizer.update(
-        learning_rate=2e-3,
+        learning_rate=1.5e-3,
         warmup_from=1e-5,
         final_learning_rate=2.5e-5,
         warmup_steps=50,
         clip_norm=1.0,
         weight_decay=0.1,
+        b2=0.98,  # 0.999 looks back further than such a run is long
     )
     config.data.update(
         path="embedded",

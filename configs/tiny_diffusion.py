@@ -14,9 +14,10 @@ def get_config() -> ConfigDict:
     config.task = "diffusion"
     config.steps = 4000
     config.batch_size = 64
-    del config.init, config.train_vit, config.query_gain, config.tokenizer
+    del config.init, config.train_vit, config.query_gain, config.word_scale, config.tokenizer
     config.autoencoder = ""  # directory with a vae/; "" is the packaged one
     config.teacher = ""  # Stable Diffusion directory with a text encoder; "" is the packaged one
+    config.remember = True  # run the frozen parts once a record, not once a step: one view of each
     config.drop_prompt = 0.1  # share of captions left out, for classifier-free guidance
 
     config.model = ConfigDict(
@@ -52,7 +53,7 @@ def get_config() -> ConfigDict:
         weight_decay=0.01,
         b2=0.99,
     )
-    config.data.update(max_tags=0, crop_scale=(0.9, 1.0), flip=False)
+    config.data.update(max_tags=0, crop_scale=(), flip=False)
     config.log_every = 50
     config.checkpoint_every = 500
     return config.lock()

@@ -135,8 +135,7 @@ class Autoencoder(nnx.Module):
     def sample(self, pictures_BHWC: Array, key: Array) -> tuple[Array, Array, Array]:
         """Latents drawn from the Gaussian that `encode` gives; then its mean and log-variance."""
         mean_BHWC, logvar_BHWC = self.encode(pictures_BHWC)
-        noise_BHWC = jax.random.normal(key, mean_BHWC.shape)
-        return mean_BHWC + jnp.exp(logvar_BHWC / 2) * noise_BHWC, mean_BHWC, logvar_BHWC
+        return draw_gaussian(mean_BHWC, logvar_BHWC, key), mean_BHWC, logvar_BHWC
 
     def decode(self, latents_BHWC: Array) -> Array:
         """Latents to pictures, float32 [B, H, W, 3], roughly in [-1, 1]."""
@@ -147,3 +146,8 @@ class Autoencoder(nnx.Module):
                 {"params": nest_linen(self.params)}, latents_BHWC, method=self.linen.decode
             )
         return pictures_BCHW.sample.transpose(0, 2, 3, 1).astype(jnp.float32)
+
+
+def draw_gaussian(mean: Array, logvar: Array, key: Array) -> Array:
+    """A draw from independent Gaussians, in the shape of their means and log-variances."""
+    return mean + jnp.exp(logvar / 2) * jax.random.normal(key, mean.shape)

@@ -54,6 +54,8 @@ class CausalQFormer:
             model_dir.load_into(model, self.config.init, KIND)
         else:
             model.qformer.cross.query.kernel[...] *= self.config.query_gain
+            assert model.qformer.words is not None
+            model.qformer.words[...] *= self.config.word_scale
 
     def loss(
         self, model: CausalEncoder, batch: Batch, key: jax.Array

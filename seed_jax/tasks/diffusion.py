@@ -1,20 +1,23 @@
 """A U-Net of Stable Diffusion's kind: learns to draw pictures from the text states of captions."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
 from seed_jax import model_dir, samplers
 from seed_jax.cli import UserError
+from seed_jax.data import sources
 from seed_jax.data.text import TextField, load_tokenizer
 from seed_jax.interop import clip_weights, diffusers_folder, diffusers_weights
 from seed_jax.models import teacher
-from seed_jax.models.stable_diffusion import Autoencoder, UNet, UNetConfig
+from seed_jax.models.stable_diffusion import Autoencoder, UNet, UNetConfig, draw_gaussian
 from seed_jax.models.teacher import TextTeacher
 from seed_jax.tasks import Batch, compute_of
 from seed_jax.tasks.autoencoder import to_signed
@@ -35,13 +38,40 @@ MODEL_INDEX = {
 }
 
 
-class DrawingModel(nnx.Module):
-    """The U-Net that trains, and the frozen parts of Stable Diffusion around it."""
+class Remembered(nnx.Variable):
+    """What a frozen part made of each record of the training set, by the record's index."""
 
-    def __init__(self, unet: UNet, autoencoder: Autoencoder, text_teacher: TextTeacher):
+
+class Memory(nnx.Module):
+    """What the frozen parts made of N records: their latents' Gaussians and text states."""
+
+    def __init__(self, records: int, latents: tuple[int, ...], states: tuple[int, ...]):
+        self.means_NHWC = Remembered(jnp.zeros((records, *latents)))
+        self.logvars_NHWC = Remembered(jnp.zeros((records, *latents)))
+        self.states_NSD = Remembered(jnp.zeros((records, *states), jnp.float16))
+
+    @property
+    def tables(self) -> tuple[Remembered, Remembered, Remembered]:
+        return self.means_NHWC, self.logvars_NHWC, self.states_NSD
+
+
+class DrawingModel(nnx.Module):
+    """The U-Net that trains, and the frozen parts of Stable Diffusion around it.
+
+    Args:
+      records: how many of them to remember the frozen parts' outputs of; 0 runs those at each step.
+    """
+
+    def __init__(
+        self, unet: UNet, autoencoder: Autoencoder, text_teacher: TextTeacher, records: int
+    ):
         self.unet = unet
         self.autoencoder = autoencoder
         self.teacher = text_teacher
+        side, channels = unet.config.sample_size, autoencoder.config.latent_channels
+        text = text_teacher.config
+        states = (text.max_position_embeddings, text.hidden_size)
+        self.memory = Memory(records, (side, side, channels), states) if records else None
 
 
 class Diffusion:
@@ -67,6 +97,8 @@ class Diffusion:
             )
         self.scheduler = config.scheduler.to_dict()
         self.signal_T = samplers.alphas_cumprod(self.scheduler)
+        data = config.data
+        self.records = len(sources.open_source(data.path, data.split)) if config.remember else 0
 
     def build(self, *, rngs: nnx.Rngs) -> DrawingModel:
         compute = compute_of(self.config)
@@ -74,6 +106,7 @@ class Diffusion:
             UNet(self.sizes, compute=compute, rngs=rngs),
             Autoencoder(self.autoencoder.config, compute=compute, rngs=rngs),
             TextTeacher(self.text_config, compute=compute, rngs=rngs),
+            self.records,
         )
 
     def trains(self, path: tuple) -> bool:
@@ -85,8 +118,8 @@ class Diffusion:
     def _prompts(self) -> TextField:
         return TextField(self.tokenizer, self.text_config.max_position_embeddings)
 
-    def prepare(self, model: DrawingModel, batches: Any) -> None:
-        """Takes the frozen parts' weights."""
+    def prepare(self, model: DrawingModel, batches: Iterator[Batch]) -> None:
+        """Takes the frozen parts' weights and, on request, memory of what they make."""
         clip_weights.load_text_encoder(model.teacher, self.config.teacher)
         trained = nnx.state(self.autoencoder, nnx.Param)
         placed = jax.tree.map(
@@ -95,17 +128,44 @@ class Diffusion:
             nnx.state(model.autoencoder, nnx.Param),
         )
         nnx.update(model.autoencoder, placed)
+        if model.memory is not None:
+            self._remember(model, model.memory, batches)
+
+    def _remember(self, model: DrawingModel, memory: Memory, batches: Iterator[Batch]) -> None:
+        """One pass over the set through the frozen parts, with the views and captions it draws."""
+        frozen = nnx.split((model.autoencoder, model.teacher))
+
+        @jax.jit
+        def outputs(state: nnx.State, batch: Batch) -> tuple[jax.Array, ...]:
+            autoencoder, text_teacher = nnx.merge(frozen[0], state)
+            return *autoencoder.encode(to_signed(batch["image"])), text_teacher(batch["prompt"])
+
+        filled = [np.zeros(table.shape, table.dtype) for table in memory.tables]
+        for _ in range(-(-self.records // self.config.batch_size)):
+            batch = next(batches)
+            for rows, made in zip(filled, outputs(frozen[1], batch), strict=True):
+                rows[np.asarray(batch["index"])] = made
+        for table, rows in zip(memory.tables, filled, strict=True):
+            table[...] = jax.device_put(rows, table[...].sharding)
 
     def loss(
         self, model: DrawingModel, batch: Batch, key: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array], None]:
         latent_key, time_key, noise_key, drop_key = jax.random.split(key, 4)
-        latents_BHWC, _, _ = model.autoencoder.sample(to_signed(batch["image"]), latent_key)
+        if model.memory is not None:
+            mean_BHWC, logvar_BHWC, states_BSD = (
+                table[...][batch["index"]] for table in model.memory.tables
+            )
+            latents_BHWC = draw_gaussian(mean_BHWC, logvar_BHWC, latent_key)
+        else:
+            latents_BHWC, _, _ = model.autoencoder.sample(to_signed(batch["image"]), latent_key)
+            states_BSD = model.teacher(batch["prompt"])
         latents_BHWC *= self.autoencoder.config.scaling_factor
 
-        empty_ids_BT, _ = self._prompts().batch([""])
+        empty_ids_1S, _ = self._prompts().batch([""])
         dropped_B = jax.random.bernoulli(drop_key, self.config.drop_prompt, latents_BHWC.shape[:1])
-        states_BSD = model.teacher(jnp.where(dropped_B[:, None], empty_ids_BT, batch["prompt"]))
+        empty_1SD = model.teacher(jnp.asarray(empty_ids_1S))
+        states_BSD = jnp.where(dropped_B[:, None, None], empty_1SD, states_BSD)
 
         signal_T = jnp.asarray(self.signal_T, jnp.float32)
         times_B = jax.random.randint(time_key, latents_BHWC.shape[:1], 0, len(signal_T))
