@@ -24,7 +24,6 @@ from seed_jax.models.stable_diffusion import Autoencoder, UNet
 from seed_jax.models.teacher import TextTeacher
 from seed_jax.samplers import SAMPLERS, Schedule
 
-EMBEDDED = teacher.PACKAGED
 Sampler = Literal["ddim", "pndm", "dpm"]
 
 
@@ -120,7 +119,7 @@ class StableDiffusion:
         unet = diffusers_folder.read_unet(path, compute=compute)
         autoencoder = diffusers_folder.read_autoencoder(path)
         scheduler = diffusers_folder.read_scheduler(path)
-        name = path or str(EMBEDDED)
+        name = path or str(teacher.PACKAGED)
         if autoencoder.config.latent_channels != unet.config.in_channels:
             raise UserError(
                 f"{name}: the autoencoder has {autoencoder.config.latent_channels} latent "
