@@ -24,7 +24,6 @@ from seed_jax.models.stable_diffusion import Autoencoder, UNet
 from seed_jax.models.teacher import TextTeacher
 from seed_jax.samplers import SAMPLERS, Schedule
 
-EMBEDDED = teacher.PACKAGED
 Sampler = Literal["ddim", "pndm", "dpm"]
 
 
@@ -120,7 +119,7 @@ class StableDiffusion:
         unet = diffusers_folder.read_unet(path, compute=compute)
         autoencoder = diffusers_folder.read_autoencoder(path)
         scheduler = diffusers_folder.read_scheduler(path)
-        name = path or str(EMBEDDED)
+        name = path or str(teacher.PACKAGED)
         if autoencoder.config.latent_channels != unet.config.in_channels:
             raise UserError(
                 f"{name}: the autoencoder has {autoencoder.config.latent_channels} latent "
@@ -247,7 +246,7 @@ class StableDiffusion:
                 f"generation embeddings of shape {list(embeddings_BSD.shape)}: {self.name} draws "
                 f"from [pictures, 77, {self.width}]; use a tokenizer trained with its text encoder"
             )
-        return jnp.asarray(embeddings_BSD, jnp.float32)
+        return self._everywhere(jnp.asarray(embeddings_BSD, jnp.float32))
 
     def _unconditional(
         self, negative: Array | np.ndarray | str | None, shape: tuple[int, ...]
@@ -256,7 +255,7 @@ class StableDiffusion:
             if negative != "zeros":
                 raise UserError(f"negative is {negative!r}; it can be 'zeros', embeddings or None")
             return jnp.zeros(shape)
-        states = self.text_states([""])[0] if negative is None else jnp.asarray(negative)
+        states = self.text_states([""])[0] if negative is None else self._everywhere(negative)
         if states.shape not in (shape, shape[1:]):
             raise UserError(
                 f"unconditional embeddings {list(states.shape)} beside generation embeddings "
@@ -283,8 +282,9 @@ class StableDiffusion:
         padded = jnp.concatenate([array, *[array[-1:]] * missing])
         return jax.device_put(padded, sharding.batch_sharding(self._mesh))
 
-    def _everywhere(self, state: nnx.State) -> nnx.State:
-        return jax.device_put(state, NamedSharding(self._mesh, PartitionSpec()))
+    def _everywhere(self, tree: Any) -> Any:
+        """Arrays that may be on one device, on all of the mesh."""
+        return jax.device_put(tree, NamedSharding(self._mesh, PartitionSpec()))
 
 
 def _load_text(path: str, compute: Compute) -> tuple[TextTeacher, TextField]:

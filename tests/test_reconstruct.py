@@ -3,13 +3,14 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 from tiny import CODES, QUERIES, save_tokenizer, write_pictures
 
-from seed_jax import tokenize
+from seed_jax import SeedTokenizer, generate, tokenize
 from seed_jax.cli import UserError
 from seed_jax.interop import diffusers_weights
 from seed_jax.models import teacher
@@ -100,12 +101,24 @@ def test_the_packaged_diffusion_model_is_the_default(there, tmp_path, monkeypatc
     main(options)
     assert len(list((tmp_path / "out").glob("*.png"))) == PICTURES + 1
 
+    # A language model that always writes the same codes.
+    tokenizer = SeedTokenizer.from_pretrained(there / "model")
+    codes_1Q = np.zeros((1, QUERIES), np.int32)
+    writer = SimpleNamespace(tokenizer=tokenizer, draw=lambda *_, **__: codes_1Q)
+    monkeypatch.setattr(generate.SeedOPT, "from_pretrained", lambda path: writer)
+    file = tmp_path / "drawn.png"
+    draw = ["--model=seed_opt", "--draw=a cat", "--steps=1", f"--output={file}"]
+    generate.main(draw)
+    assert np.asarray(Image.open(file)).std() > 1
+
     wide = shutil.copytree(there / "diffusion", tmp_path / "wide")
     shutil.rmtree(wide / "text_encoder")
     diffusers_weights.save(random_model("unet", cross_attention_dim=20), wide / "unet")
     monkeypatch.setattr(teacher, "PACKAGED", wide)
     with pytest.raises(UserError, match=rf"12 wide, but {wide} draws from 20; name as --diffusion"):
         main(options)
+    with pytest.raises(UserError, match=rf"^seed_opt makes .* 12 wide, but {wide} draws from 20"):
+        generate.main(draw)
 
 
 def test_no_steps_are_refused(there, tmp_path, capsys):
