@@ -11,7 +11,7 @@ from configs import codebook
 
 def get_config() -> ConfigDict:
     config = codebook.get_config().unlock()
-    config.steps = 1000
+    config.steps = 1300
     config.batch_size = 32
     config.image_size = 64
     config.precision = "float32"
@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
     config.unroll = True
     config.teacher = ""
 
-    config.model.codebook.update(size=512, dim=32)
+    config.model.codebook.update(size=768, dim=32)
     config.codebook_health.update(kmeans_batches=16, dead_code_threshold=0.03)
     config.model.decoder_heads = 2
     config.model.decoder_depth = 2
@@ -33,6 +33,7 @@ def get_config() -> ConfigDict:
         final_learning_rate=4e-5,
         warmup_steps=30,
         clip_norm=1.0,
+        b2=0.98,
     )
     config.data.update(
         path="embedded",

@@ -41,5 +41,5 @@ for split in style concept; do
     run seed_jax.tokenize --model "$out/tokenizer" --images embedded --split $split \
         --output "$out/codes.jsonl"
 done
-# Captions with as many tags as the configs train with.
-run seed_jax.report --run "$out" --max-tags 8 --started "$started"
+# Captions with as many tags as stage 1 draws on average.
+run seed_jax.report --run "$out" --max-tags 4 --started "$started"

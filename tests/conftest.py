@@ -1,6 +1,7 @@
 """What every test runs under: 8 simulated devices, exact matmuls, no silent broadcasting."""
 
 import os
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -13,6 +14,14 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_cpu_use_fusion_emitters=false",
     ]
 )
+
+# A program that one test compiled is there for the next, whichever worker runs it: workers inherit
+# the folder's name, and the process that made it takes it away.
+CACHE = "JAX_COMPILATION_CACHE_DIR"
+if CACHE not in os.environ:
+    made = tempfile.TemporaryDirectory(prefix="seed_jax_tests_")
+    os.environ[CACHE] = made.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 import jax
 import pytest
