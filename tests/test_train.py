@@ -155,6 +155,7 @@ def test_the_packaged_stable_diffusion_can_be_trained_again(tmp_path):
         autoencoder=autoencoder,
         teacher=str(tmp_path / "text_encoder/model"),
     )
+    config.data.split = "style"  # the smallest: each of its records is remembered
     train(config, tmp_path / "diffusion")
     for stage in ("text_encoder", "autoencoder", "diffusion"):
         assert np.isfinite(losses(tmp_path / stage)).all()
@@ -204,6 +205,7 @@ def test_another_config_in_the_same_workdir_is_refused(stage1):
         ({"batch_size": 12}, "can't be split over the mesh's 8 data shards"),
         ({"mesh.tensor": 3}, "does not fit 8 devices"),
         ({"precision": "float8"}, "it can be float32, bfloat16, float16"),
+        ({"remat": "some"}, "it can be none, dots, full"),
         ({"train_vit": False}, "config.init must name a model directory"),
         ({"data.split": "nowhere"}, "its splits: concept, style, train"),
         ({"data.path": "nowhere"}, "no such file or folder"),

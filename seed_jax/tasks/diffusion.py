@@ -59,19 +59,20 @@ class DrawingModel(nnx.Module):
     """The U-Net that trains, and the frozen parts of Stable Diffusion around it.
 
     Args:
-      records: how many of them to remember the frozen parts' outputs of; 0 runs those at each step.
+      memory: of what the frozen parts made of the records; None runs those parts at each step.
     """
 
     def __init__(
-        self, unet: UNet, autoencoder: Autoencoder, text_teacher: TextTeacher, records: int
+        self,
+        unet: UNet,
+        autoencoder: Autoencoder,
+        text_teacher: TextTeacher,
+        memory: Memory | None,
     ):
         self.unet = unet
         self.autoencoder = autoencoder
         self.teacher = text_teacher
-        side, channels = unet.config.sample_size, autoencoder.config.latent_channels
-        text = text_teacher.config
-        states = (text.max_position_embeddings, text.hidden_size)
-        self.memory = Memory(records, (side, side, channels), states) if records else None
+        self.memory = memory
 
 
 class Diffusion:
@@ -97,8 +98,6 @@ class Diffusion:
             )
         self.scheduler = config.scheduler.to_dict()
         self.signal_T = samplers.alphas_cumprod(self.scheduler)
-        data = config.data
-        self.records = len(sources.open_source(data.path, data.split)) if config.remember else 0
 
     def build(self, *, rngs: nnx.Rngs) -> DrawingModel:
         compute = compute_of(self.config)
@@ -106,8 +105,15 @@ class Diffusion:
             UNet(self.sizes, compute=compute, rngs=rngs),
             Autoencoder(self.autoencoder.config, compute=compute, rngs=rngs),
             TextTeacher(self.text_config, compute=compute, rngs=rngs),
-            self.records,
+            self._empty_memory() if self.config.remember else None,
         )
+
+    def _empty_memory(self) -> Memory:
+        data, sizes, text = self.config.data, self.autoencoder.config, self.text_config
+        records = len(sources.open_source(data.path, data.split))
+        side = self.config.image_size // sizes.downsampling
+        states = (text.max_position_embeddings, text.hidden_size)
+        return Memory(records, (side, side, sizes.latent_channels), states)
 
     def trains(self, path: tuple) -> bool:
         return path[0] == "unet"
@@ -141,7 +147,7 @@ class Diffusion:
             return *autoencoder.encode(to_signed(batch["image"])), text_teacher(batch["prompt"])
 
         filled = [np.zeros(table.shape, table.dtype) for table in memory.tables]
-        for _ in range(-(-self.records // self.config.batch_size)):
+        for _ in range(-(-len(memory.states_NSD) // self.config.batch_size)):
             batch = next(batches)
             for rows, made in zip(filled, outputs(frozen[1], batch), strict=True):
                 rows[np.asarray(batch["index"])] = made
