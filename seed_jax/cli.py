@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from absl import logging
 
@@ -24,3 +25,9 @@ def run(main: Callable[[], object]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def refuse_existing(output: Path, *, overwrite: bool) -> None:
+    """Raises a UserError if there is something at `output` that may not be replaced."""
+    if output.exists() and not overwrite:
+        raise UserError(f"{output} exists; name another --output, or replace it by --overwrite")

@@ -36,6 +36,7 @@ from seed_jax.models.tokenizer import (
 from seed_jax.models.vit import ViTConfig
 
 Rows = list[Row]
+SEED1, SEED2 = "seed1_tokenizer", "seed2_quantizer"
 
 
 def eva_vit(config: ViTConfig, *, prefix: str = "") -> Table:
@@ -51,7 +52,7 @@ def causal_qformer(config: EncoderConfig) -> Table:
 
 def seed1_tokenizer(config: TokenizerConfig) -> Table:
     """SEED's tokenizer: `causal_qformer.pth` and `seed_tokenizer.pth` together."""
-    return _tokenizer("seed1_tokenizer", config, target="text", suffix="")
+    return _tokenizer(SEED1, config, target="text", suffix="")
 
 
 def seed1_training(config: TokenizerConfig) -> Table:
@@ -65,7 +66,7 @@ def seed2_tokenizer(config: TokenizerConfig) -> Table:
     They are the published `seed_quantizer.pt` (`image_down`), stage 2's training class (a reverse
     Q-Former of four layers) and the inference class with `use_qformer_image` (of twelve).
     """
-    return _tokenizer("seed2_quantizer", config, target="image", suffix="")
+    return _tokenizer(SEED2, config, target="image", suffix="")
 
 
 def tokenizer_table(weights: Mapping[str, ArrayLike], config: TokenizerConfig) -> Table:

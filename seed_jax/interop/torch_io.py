@@ -1,4 +1,7 @@
-"""Reads files of PyTorch weights, one tensor at a time. The only place that imports torch."""
+"""Reads files of PyTorch weights, one tensor at a time, and writes them.
+
+The only place that imports torch.
+"""
 
 import dataclasses
 import json
@@ -154,3 +157,18 @@ def _refusal(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines()]
     told = [line for line in lines if "GLOBAL" in line or line.startswith("Unsupported")]
     return told[0].split(". ")[0].rstrip(".") if told else "not a plain state dict"
+
+
+def write_torch(tensors: Mapping[str, np.ndarray], path: Path) -> None:
+    """Writes a state dict by `torch.save`.
+
+    Raises:
+      UserError: torch is not installed.
+    """
+    try:
+        import torch
+    except ImportError:
+        raise UserError(
+            f"{path} takes torch to write: pip install torch, or take the .safetensors file"
+        ) from None
+    torch.save({key: torch.from_numpy(np.array(value)) for key, value in tensors.items()}, path)

@@ -1,0 +1,131 @@
+"""Published PyTorch weights to a model directory.
+
+    python -m seed_jax.convert --source seed2 --weights seed_quantizer.pt --output DIR
+    python -m seed_jax.convert --source seed1 --weights causal_qformer.pth seed_tokenizer.pth \
+        --vit eva_vit_g.pth --output DIR
+
+Reads one tensor at a time, and runs no code that a file may hold.
+"""
+
+import argparse
+import fnmatch
+from pathlib import Path
+
+from flax import nnx
+from transformers import PreTrainedTokenizerBase
+
+from seed_jax import cli, inference, model_dir
+from seed_jax.cli import UserError
+from seed_jax.data.text import load_tokenizer
+from seed_jax.interop import keys, state_dict, torch_io
+from seed_jax.interop.torch_io import StoredTensor
+from seed_jax.models.tokenizer import SeedTokenizer
+from seed_jax.tasks.codebook import KIND
+
+SOURCES = ("seed1", "seed2")
+VIT = "visual_encoder."
+# Of EVA's own file: SEED sees through all blocks but the last, and classifies nothing.
+VIT_IGNORED = ("blocks.39.*", "norm.*", "fc_norm.*", "head.*")
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Writes the model directory of a SEED tokenizer in the original's layout.
+
+    Raises:
+      UserError: a file is missing, damaged or would run code; with every key that is missing,
+        unexpected or of another shape; or the output exists.
+    """
+    weights = torch_io.read_weights(args.weights)
+    ignored: list[str] = []
+    if args.vit:
+        vit, ignored = _vit(args.vit)
+        weights |= vit
+    source = " + ".join(str(path) for path in [*args.weights, *([args.vit] if args.vit else [])])
+    config = keys.tokenizer_config(
+        weights,
+        vit_heads=args.vit_heads,
+        qformer_heads=args.qformer_heads,
+        decoder_heads=args.decoder_heads,
+        source=source,
+    )
+    table = keys.tokenizer_table(weights, config)
+    found = "seed2" if table.name == keys.SEED2 else "seed1"
+    if found != args.source:
+        raise UserError(f"{source} holds a {found} tokenizer; say --source {found}")
+    module = nnx.eval_shape(lambda: SeedTokenizer(config, rngs=nnx.Rngs(0)))
+    model = state_dict.load(weights, table, module, source=source)
+    words = load_tokenizer(args.text_tokenizer) if args.text_tokenizer else None
+    model_dir.save(
+        args.output,
+        kind=KIND,
+        config=config,
+        module=model,
+        add_files=lambda folder: _save_words(words, folder),
+    )
+    used = sum(len(row.torch_keys()) for row in table.rows)
+    print(f"{used} tensors used, {len(ignored)} ignored, none missing")
+    for key in ignored:
+        print(f"  ignored: {key}")
+    print(f"the model directory is {args.output}")
+
+
+def _vit(path: Path) -> tuple[dict[str, StoredTensor], list[str]]:
+    """EVA's tensors under the tokenizer's names, and the names of those that SEED does not use."""
+    read = torch_io.read_weights(path)
+    ignored = [key for key in read if any(fnmatch.fnmatchcase(key, p) for p in VIT_IGNORED)]
+    return {f"{VIT}{key}": read[key] for key in read if key not in ignored}, ignored
+
+
+def _save_words(tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder / "text_tokenizer")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m seed_jax.convert",
+        description="Turns published PyTorch weights of a SEED tokenizer into a model directory.",
+    )
+    parser.add_argument("--source", required=True, choices=SOURCES, help="what the weights are of")
+    parser.add_argument(
+        "--weights",
+        required=True,
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help=".safetensors, .pt, .pth, .bin, or an .index.json that names such; where two hold the "
+        "same name, the later one wins",
+    )
+    parser.add_argument(
+        "--vit",
+        type=Path,
+        metavar="FILE",
+        help="the ViT, if the others lack it (BLIP-2's eva_vit_g.pth)",
+    )
+    parser.add_argument(
+        "--output", required=True, type=Path, metavar="DIR", help="the model directory"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace what is in --output")
+    parser.add_argument(
+        "--text-tokenizer",
+        default="",
+        metavar="DIR",
+        help="of the text tower, a directory or hub name, for evaluating retrieval "
+        "(bert-base-uncased in the original)",
+    )
+    heads = parser.add_argument_group("numbers of heads, which weights don't tell")
+    for part, count in (("vit", 16), ("qformer", 12), ("decoder", 12)):
+        heads.add_argument(
+            f"--{part}-heads",
+            type=inference.positive,
+            default=count,
+            metavar="N",
+            help=f"({count})",
+        )
+    args = parser.parse_args(argv)
+    cli.refuse_existing(args.output, overwrite=args.overwrite)
+    convert(args)
+
+
+if __name__ == "__main__":
+    cli.run(main)
