@@ -16,6 +16,8 @@ from seed_jax.samplers import SAMPLERS
 from seed_jax.tasks import PRECISIONS
 
 SHEET_PANELS = 8  # side by side, at most
+# Stable Diffusion's own; a small model that is pushed as far oversaturates.
+GUIDANCE, PACKAGED_GUIDANCE = 7.5, 2.0
 PANEL_INCHES = (2.1, 2.4)
 
 
@@ -56,9 +58,9 @@ def add_arguments(
     group.add_argument(
         "--guidance-scale",
         type=float,
-        default=7.5,
         metavar="X",
-        help="how far to go beyond what would be drawn from nothing (7.5); 1 for no guidance",
+        help="how far to go beyond what would be drawn from nothing; 1 for no guidance "
+        f"({GUIDANCE:g}, and {PACKAGED_GUIDANCE:g} for the packaged model)",
     )
     group.add_argument("--precision", choices=PRECISIONS, default="float32", help="of the U-Net")
 
@@ -68,7 +70,8 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "steps": args.steps,
         "scheduler": args.scheduler,
-        "guidance_scale": args.guidance_scale,
+        "guidance_scale": args.guidance_scale
+        or (GUIDANCE if args.diffusion else PACKAGED_GUIDANCE),
     }
 
 

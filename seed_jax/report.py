@@ -298,7 +298,7 @@ def main(argv: list[str] | None = None) -> None:
         help="pictures drawn at a time (50)",
     )
     # A fast sampler: hundreds of pictures are drawn.
-    drawing.add_arguments(parser, steps=6, scheduler="dpm")
+    drawing.add_arguments(parser, steps=8, scheduler="dpm")
     report(parser.parse_args(argv))
 
 

@@ -22,12 +22,15 @@ from seed_jax.assets.build_tokenizer import (
     read_training_texts,
 )
 from seed_jax.assets.concepts import concept_group
+from seed_jax.data.transforms import decode
+from seed_jax.diffusion import StableDiffusion
 from seed_jax.interop import opt_weights
 
 ASSETS = Path(__file__).parents[1] / "seed_jax" / "assets"
 HELD_OUT = ("style", "concept")
 TEXT_TOKENIZER = ASSETS / "text_tokenizer"
-CLIP_TOKENIZER = ASSETS / "tiny_stable_diffusion" / "tokenizer"
+TINY_DIFFUSION = ASSETS / "tiny_stable_diffusion"
+CLIP_TOKENIZER = TINY_DIFFUSION / "tokenizer"
 TINY_OPT = ASSETS / "tiny_opt"
 
 
@@ -216,6 +219,24 @@ def test_the_packaged_opt_is_small_and_prefers_its_captions_to_their_words_shuff
 
     said = ["grinning face", "a photo of a red apple", "woman running: dark skin tone"]
     assert loss(said) < loss([" ".join(reversed(text.split())) for text in said])
+
+
+def test_the_packaged_stable_diffusion_is_small_and_draws_what_its_captions_say(splits):
+    files = [file for file in TINY_DIFFUSION.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) < 10_000_000
+    diffusion = StableDiffusion.from_pretrained("")
+    train = splits["train"]
+    shown = [train[i] for i in np.linspace(0, len(train) - 1, 16, dtype=int)]
+    states = diffusion.text_states([record["captions"][0] for record in shown])
+    drawn = diffusion.draw(states, steps=8, scheduler="dpm", guidance_scale=2.0)
+    pictures = np.stack([decode(record["image"]) for record in shown])
+
+    def blurred(images):  # [P, 64, 64, 3] -> 8 by 8 mean colours
+        return images.reshape(-1, 8, 8, 8, 8, 3).mean((2, 4)).reshape(len(images), -1)
+
+    apart = np.linalg.norm(blurred(drawn)[:, None] - blurred(pictures)[None], axis=-1)
+    # Each of 16 drawings is nearest to one picture; by chance one of them to its own.
+    assert np.sum(apart.argmin(1) == np.arange(16)) >= 8
 
 
 def test_tokenizers_are_what_the_script_builds(tmp_path):
