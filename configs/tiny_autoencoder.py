@@ -2,7 +2,7 @@
 
 python -m seed_jax.train --config configs/tiny_autoencoder.py --workdir runs/autoencoder
 
-The packaged one took about 60 minutes on two CPU cores with other jobs beside it; 24.1 dB on the
+The packaged one took 75 minutes on two CPU cores, behind other jobs; 24.1 dB on the
 first 24 pictures of the split 'style'.
 """
 
