@@ -113,6 +113,7 @@ def reconstruct(args: argparse.Namespace) -> None:
     else:
         source = open_pictures(args.images, args.split)
         side = model.config.encoder.vit.image_size
+        batch = runner.batch_size(min(args.batch_size, len(source)))  # pads few pictures to few
         batches = PictureCodes(source, runner, batch=batch, image_size=side)
         total = len(batches)
     embed = runner.compile(SeedTokenizer.embed)
