@@ -76,7 +76,7 @@ def test_both_stages_and_the_tokenizer_they_make(stage1, tmp_path, caplog):
     assert len(first) == 4
 
     config = small(tiny_codebook.get_config(), init=str(stage1 / "model"), steps=5)
-    config.codebook_health.update(kmeans_batches=1, dead_code_threshold=0.05)
+    config.codebook_health.update(kmeans_batches=2, dead_code_threshold=0.05)
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
         train(config, tmp_path)
     assert compiles_of(caplog, "train_step") == 1
