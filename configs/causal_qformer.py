@@ -29,8 +29,12 @@ def get_config() -> ConfigDict:
     )  # devices an axis; -1 takes the rest
     config.init = ""  # model directory to start from; needed unless the ViT trains
     config.train_vit = False  # the paper keeps the ViT frozen
-    config.query_gain = 1.0  # without init: sharpens the queries' first look at the picture
-    config.word_scale = 1.0  # without init: of the first word embeddings, which rare words keep
+    config.first_scale = ConfigDict(  # without init: what some weights are first multiplied by
+        {
+            "queries": 1.0,  # more sharpens the queries' first look at the picture
+            "words": 1.0,  # word embeddings; rare words keep theirs
+        }
+    )
     config.tokenizer = "bert-base-uncased"  # hub name or folder; "" is the packaged small one
 
     config.model = ConfigDict()

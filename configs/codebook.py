@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
     config.batch_size = 256 * 64
     config.teacher = "CompVis/stable-diffusion-v1-4"  # "" is the packaged tiny text encoder
     # Stage 1 is frozen and brings its tokenizer.
-    del config.train_vit, config.query_gain, config.word_scale, config.tokenizer
+    del config.train_vit, config.first_scale, config.tokenizer
 
     config.model = ConfigDict()  # the encoder's sizes come with config.init
     config.model.codebook = ConfigDict(

@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
     config.opt = "opt-2.7b"  # folder of the base; "" is the packaged tiny one
     config.codes = ""  # codes.jsonl of all pictures; "" computes codes in the step
     config.train_words = False  # also train the word embeddings of the base
-    del config.train_vit, config.query_gain, config.word_scale, config.tokenizer, config.loss
+    del config.train_vit, config.first_scale, config.tokenizer, config.loss
 
     config.model = ConfigDict()  # the base's and tokenizer's sizes come with them
     config.model.code_input = "codebook"  # or "learned": a row for each code, as in SEED-LLaMA

@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
     config.task = "autoencoder"
     config.steps = 3000
     config.batch_size = 16
-    del config.init, config.train_vit, config.query_gain, config.word_scale, config.tokenizer
+    del config.init, config.train_vit, config.first_scale, config.tokenizer
 
     config.model = ConfigDict(
         {

@@ -17,8 +17,7 @@ def get_config() -> ConfigDict:
     config.remat = "none"
     config.unroll = True
     config.train_vit = True
-    config.query_gain = 3.0
-    config.word_scale = 3.0
+    config.first_scale.update(queries=3.0, words=3.0)
     config.tokenizer = ""
 
     config.model.vit.update(image_size=64, patch_size=16, width=128, depth=4, heads=2, mlp_dim=512)

@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
     config.task = "diffusion"
     config.steps = 2600
     config.batch_size = 64
-    del config.init, config.train_vit, config.query_gain, config.word_scale, config.tokenizer
+    del config.init, config.train_vit, config.first_scale, config.tokenizer
     config.autoencoder = ""  # directory with a vae/; "" is the packaged one
     config.teacher = ""  # Stable Diffusion directory with a text encoder; "" is the packaged one
     config.remember = True  # run the frozen parts once a record, not once a step: one view of each

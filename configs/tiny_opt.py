@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
     config.batch_size = 224  # captions in a step
     config.image_size = 0  # pictures are not read
     config.tokenizer = ""  # "" is the packaged small one
-    del config.init, config.train_vit, config.query_gain, config.word_scale, config.loss
+    del config.init, config.train_vit, config.first_scale, config.loss
 
     config.model = ConfigDict(
         {

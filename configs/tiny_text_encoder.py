@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
     config.steps = 300
     config.batch_size = 256
     config.optimizer.learning_rate = 2.5e-3
-    del config.init, config.train_vit, config.query_gain, config.word_scale
+    del config.init, config.train_vit, config.first_scale
 
     vit = config.model.vit
     vit.update(depth=2, heads=4)

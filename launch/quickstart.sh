@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole of the tokenizer on the pictures that come with the package: trains both stages, turns the
-# held-out pictures into codes, evaluates, draws. Ten to twenty minutes on two CPU cores.
+# held-out pictures into codes, evaluates, draws. A quarter of an hour on two CPU cores.
 #
 #     bash launch/quickstart.sh [OUT]      results go to OUT (default: out)
 #

@@ -8,7 +8,6 @@ Reads one tensor at a time, and runs no code that a file may hold.
 """
 
 import argparse
-import fnmatch
 from pathlib import Path
 
 from flax import nnx
@@ -23,7 +22,6 @@ from seed_jax.models.tokenizer import SeedTokenizer
 from seed_jax.tasks.codebook import KIND
 
 SOURCES = ("seed1", "seed2")
-VIT = "visual_encoder."
 # Of EVA's own file: SEED sees through all blocks but the last, and classifies nothing.
 VIT_IGNORED = ("blocks.39.*", "norm.*", "fc_norm.*", "head.*")
 
@@ -35,6 +33,8 @@ def convert(args: argparse.Namespace) -> None:
       UserError: a file is missing, damaged or would run code; with every key that is missing,
         unexpected or of another shape; or the output exists.
     """
+    cli.refuse_existing(args.output, overwrite=args.overwrite)
+    words = load_tokenizer(args.text_tokenizer) if args.text_tokenizer else None
     weights = torch_io.read_weights(args.weights)
     ignored: list[str] = []
     if args.vit:
@@ -54,7 +54,6 @@ def convert(args: argparse.Namespace) -> None:
         raise UserError(f"{source} holds a {found} tokenizer; say --source {found}")
     module = nnx.eval_shape(lambda: SeedTokenizer(config, rngs=nnx.Rngs(0)))
     model = state_dict.load(weights, table, module, source=source)
-    words = load_tokenizer(args.text_tokenizer) if args.text_tokenizer else None
     model_dir.save(
         args.output,
         kind=KIND,
@@ -72,8 +71,8 @@ def convert(args: argparse.Namespace) -> None:
 def _vit(path: Path) -> tuple[dict[str, StoredTensor], list[str]]:
     """EVA's tensors under the tokenizer's names, and the names of those that SEED does not use."""
     read = torch_io.read_weights(path)
-    ignored = [key for key in read if any(fnmatch.fnmatchcase(key, p) for p in VIT_IGNORED)]
-    return {f"{VIT}{key}": read[key] for key in read if key not in ignored}, ignored
+    ignored = [key for key in read if state_dict.matches(key, VIT_IGNORED)]
+    return {f"{keys.VIT}{key}": read[key] for key in read if key not in ignored}, ignored
 
 
 def _save_words(tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
@@ -123,7 +122,6 @@ def main(argv: list[str] | None = None) -> None:
             help=f"({count})",
         )
     args = parser.parse_args(argv)
-    cli.refuse_existing(args.output, overwrite=args.overwrite)
     convert(args)
 
 

@@ -25,6 +25,7 @@ from seed_jax.models.teacher import TextTeacher
 from seed_jax.samplers import SAMPLERS, Schedule
 
 Sampler = Literal["ddim", "pndm", "dpm"]
+GUIDANCE_SCALE = 7.5  # what Stable Diffusion 1.x is usually drawn with
 
 
 def sample(
@@ -151,7 +152,7 @@ class StableDiffusion:
         embeddings_BSD: Array | np.ndarray,
         *,
         steps: int = 50,
-        guidance_scale: float = 7.5,
+        guidance_scale: float = GUIDANCE_SCALE,
         scheduler: Sampler = "pndm",
         seed: int = 0,
         first: int = 0,

@@ -9,15 +9,15 @@ from matplotlib.figure import Figure
 
 from seed_jax import inference
 from seed_jax.cli import UserError
-from seed_jax.diffusion import Sampler, StableDiffusion
+from seed_jax.diffusion import GUIDANCE_SCALE, Sampler, StableDiffusion
 from seed_jax.models.layers import Compute
 from seed_jax.models.tokenizer import SeedTokenizer
 from seed_jax.samplers import SAMPLERS
 from seed_jax.tasks import PRECISIONS
 
 SHEET_PANELS = 8  # side by side, at most
-# Stable Diffusion's own; a small model that is pushed as far oversaturates.
-GUIDANCE, PACKAGED_GUIDANCE = 7.5, 2.0
+# A small model that is pushed as far as Stable Diffusion oversaturates.
+PACKAGED_GUIDANCE_SCALE = 2.0
 PANEL_INCHES = (2.1, 2.4)
 
 
@@ -60,18 +60,20 @@ def add_arguments(
         type=float,
         metavar="X",
         help="how far to go beyond what would be drawn from nothing; 1 for no guidance "
-        f"({GUIDANCE:g}, and {PACKAGED_GUIDANCE:g} for the packaged model)",
+        f"({GUIDANCE_SCALE:g}, and {PACKAGED_GUIDANCE_SCALE:g} for the packaged model)",
     )
     group.add_argument("--precision", choices=PRECISIONS, default="float32", help="of the U-Net")
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     """What the options say to `StableDiffusion.draw`."""
+    guidance_scale = args.guidance_scale
+    if guidance_scale is None:
+        guidance_scale = GUIDANCE_SCALE if args.diffusion else PACKAGED_GUIDANCE_SCALE
     return {
         "steps": args.steps,
         "scheduler": args.scheduler,
-        "guidance_scale": args.guidance_scale
-        or (GUIDANCE if args.diffusion else PACKAGED_GUIDANCE),
+        "guidance_scale": guidance_scale,
     }
 
 
@@ -87,7 +89,7 @@ def open_diffusion(
       UserError: see `StableDiffusion.from_pretrained`; or the two do not fit one another.
     """
     generation = tokenizer.config.generation
-    if generation.kind != "reverse_qformer" or generation.queries == 1:
+    if generation.one_vector:
         raise UserError(
             f"{name} makes one image embedding of the codes, for unCLIP; Stable Diffusion 1.x "
             "draws from text states"

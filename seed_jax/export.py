@@ -7,7 +7,6 @@ OUTPUT/README.md                    what it is, for whoever finds it
 
 import argparse
 import json
-import shutil
 from pathlib import Path
 
 import safetensors.numpy
@@ -28,7 +27,7 @@ The state dict of the original's class ({table}), exported from a seed_jax model
 - sizes, among them the numbers of heads, which weights don't tell:
 
 ```json
-{config}
+{sizes}
 ```
 
 The licence of the pictures and of the weights that it was trained from applies.
@@ -43,21 +42,17 @@ def export_seed(model: Path, output: Path, *, torch_file: bool) -> None:
     """
     description = model_dir.describe_kind(model, KIND)
     tokenizer = SeedTokenizer.from_pretrained(model)
-    image = tokenizer.config.generation.queries == 1
-    image = image or tokenizer.config.generation.kind == "image_down"
-    table = (keys.seed2_tokenizer if image else keys.seed1_tokenizer)(tokenizer.config)
+    config = tokenizer.config
+    make_table = keys.seed2_tokenizer if config.generation.one_vector else keys.seed1_tokenizer
+    table = make_table(config)
     tensors = state_dict.to_torch(nnx.state(tokenizer, nnx.Param), table)
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    safetensors.numpy.save_file(tensors, partial / f"{STEM}.safetensors")
-    if torch_file:
-        torch_io.write_torch(tensors, partial / f"{STEM}.pt")
-    config = json.dumps(description["config"], indent=2)
-    card = CARD.format(table=table.name, hash=description["content_hash"], config=config)
-    (partial / "README.md").write_text(card)
-    shutil.rmtree(output, ignore_errors=True)
-    partial.rename(output)
+    sizes = json.dumps(description["config"], indent=2)
+    card = CARD.format(table=table.name, hash=description["content_hash"], sizes=sizes)
+    with model_dir.replaced_when_whole(output) as folder:
+        safetensors.numpy.save_file(tensors, folder / f"{STEM}.safetensors")
+        if torch_file:
+            torch_io.write_torch(tensors, folder / f"{STEM}.pt")
+        (folder / "README.md").write_text(card)
     print(f"{len(tensors)} tensors under the keys of {table.name} are in {output}")
 
 

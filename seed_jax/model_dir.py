@@ -5,13 +5,14 @@ DIR/params/            orbax checkpoint of the parameters
 DIR/text_tokenizer/    what `transformers.AutoTokenizer` loads
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import shutil
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -46,29 +47,36 @@ def save(
       add_files: writes further files (tokenizers) into the folder it is given.
       facts: further entries of `config.json`.
     """
+    params = flat_params(nnx.state(module, nnx.Param))
+    with replaced_when_whole(path) as partial:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(partial / "params", params)
+        if add_files is not None:
+            add_files(partial)
+        files = {
+            str(f.relative_to(partial)): f.stat().st_size
+            for f in sorted(partial.rglob("*"))
+            if f.is_file()
+        }
+        description = {
+            "format": FORMAT,
+            "kind": kind,
+            "config": dataclasses.asdict(config),
+            **facts,
+            "content_hash": content_hash(params),
+            "files": files,
+        }
+        (partial / "config.json").write_text(json.dumps(description, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def replaced_when_whole(path: Path) -> Iterator[Path]:
+    """An empty folder to write into; it takes the place of `path` if the block ends well."""
     path = Path(path).absolute()
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    params = flat_params(nnx.state(module, nnx.Param))
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(partial / "params", params)
-    if add_files is not None:
-        add_files(partial)
-    files = {
-        str(f.relative_to(partial)): f.stat().st_size
-        for f in sorted(partial.rglob("*"))
-        if f.is_file()
-    }
-    description = {
-        "format": FORMAT,
-        "kind": kind,
-        "config": dataclasses.asdict(config),
-        **facts,
-        "content_hash": content_hash(params),
-        "files": files,
-    }
-    (partial / "config.json").write_text(json.dumps(description, indent=2) + "\n")
+    yield partial
     if path.exists():
         old = path.with_name(f".{path.name}.old")
         shutil.rmtree(old, ignore_errors=True)
@@ -168,6 +176,16 @@ def load_into(module: nnx.Module, path: str | Path, kind: str) -> None:
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), flat_params(state)
     )
     nnx.update(module, unflatten_params(state, restore_params(path, target)))
+
+
+def replace_params(module: nnx.Module, params: nnx.State) -> None:
+    """Puts `params` in the place of a module's, keeping shardings and types."""
+    placed = jax.tree.map(
+        lambda new, old: jax.device_put(new.astype(old.dtype), old.sharding),
+        params,
+        nnx.state(module, nnx.Param),
+    )
+    nnx.update(module, placed)
 
 
 def restore_params(

@@ -196,9 +196,10 @@ def report(args: argparse.Namespace) -> None:
     """Evaluates, draws, and tells the user what there is to see."""
     run, model = args.run, args.run / "tokenizer"
     draw_curves(run, run / "curves.png")
+    sources = {split: open_source(args.data, split) for split in SPLITS}
     results, cards, codes, size = {}, {}, [], 0
     for split, title in SPLITS.items():
-        source = open_source(args.data, split)
+        source = sources[split]
         embedded = inference.embed(model, source, max_tags=args.max_tags)
         if embedded.codes is None:
             raise UserError(f"{model} holds a model of stage 1; copy stage 2's there")
@@ -207,9 +208,8 @@ def report(args: argparse.Namespace) -> None:
         results[split] = evaluate.retrieval_results(embedded)
         cards[title] = make_cards(source, embedded, CARDS_PER_SPLIT)
     draw_sheet(cards, size, run / "pictures.png")
-    style = open_source(args.data, "style")
-    write_folder(style, run / "some_folder", args.max_tags)
-    encoder, batches = reconstruction.redraw(args, model, style)
+    write_folder(sources["style"], run / "some_folder", args.max_tags)
+    encoder, batches = reconstruction.redraw(args, model, sources["style"])
     redrawn = list(batches)
     drawing.draw_sheet(shown_drawings(redrawn), run / "drawings.png")
     summary = {

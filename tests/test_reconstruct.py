@@ -1,5 +1,6 @@
 """Pictures and codes drawn again through the command line, and what it refuses."""
 
+import argparse
 import json
 import shutil
 from pathlib import Path
@@ -8,15 +9,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import CODES, QUERIES, save_tokenizer, write_pictures
+from tiny import CODES, QUERIES
 
-from seed_jax import SeedTokenizer, generate, tokenize
+from seed_jax import SeedTokenizer, drawing, generate, tokenize
 from seed_jax.cli import UserError
 from seed_jax.interop import diffusers_weights
 from seed_jax.models import teacher
 from seed_jax.reconstruct import main, output_name
 from tests.test_diffusion_weights import random_model
-from tests.tiny_diffusion import save_stable_diffusion
+from tests.tiny_diffusion import save_models_and_pictures
 
 PICTURES = 5
 
@@ -24,10 +25,7 @@ PICTURES = 5
 @pytest.fixture(scope="module")
 def there(tmp_path_factory) -> Path:
     """model/, diffusion/, pictures/ and codes.jsonl."""
-    folder = tmp_path_factory.mktemp("reconstruct")
-    save_tokenizer(folder / "model")
-    save_stable_diffusion(folder / "diffusion")
-    write_pictures(folder / "pictures", PICTURES)
+    folder = save_models_and_pictures(tmp_path_factory.mktemp("reconstruct"), PICTURES)
     arguments = {"model": "model", "images": "pictures", "output": "codes.jsonl"}
     tokenize.main([f"--{name}={folder / path}" for name, path in arguments.items()])
     return folder
@@ -126,6 +124,21 @@ def test_no_steps_are_refused(there, tmp_path, capsys):
         reconstruct(there, there / "pictures", tmp_path / "out", "--steps=0")
     assert stopped.value.code == 2
     assert "--steps: must be at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "scale"),
+    [
+        ([], drawing.PACKAGED_GUIDANCE_SCALE),
+        (["--diffusion=sd"], 7.5),
+        (["--guidance-scale=0"], 0),
+        (["--diffusion=sd", "--guidance-scale=3"], 3),
+    ],
+)
+def test_how_far_drawings_are_pushed(options, scale):
+    parser = argparse.ArgumentParser()
+    drawing.add_arguments(parser)
+    assert drawing.settings(parser.parse_args(options))["guidance_scale"] == scale
 
 
 def test_drawings_stay_in_their_folder():

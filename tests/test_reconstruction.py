@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import SIDE, save_tokenizer, write_pictures
+from tiny import SIDE, write_pictures
 from transformers import CLIPConfig
 
 from seed_jax import SeedTokenizer, evaluate, reconstruction
@@ -16,7 +16,7 @@ from seed_jax.cli import UserError
 from seed_jax.data.transforms import CLIP_MEAN, CLIP_STD, resize
 from seed_jax.diffusion import StableDiffusion
 from seed_jax.reconstruction import ROWS
-from tests.tiny_diffusion import save_stable_diffusion
+from tests.tiny_diffusion import save_models_and_pictures
 
 PICTURES = 10
 CLIP_SIDE = 8
@@ -25,11 +25,7 @@ CLIP_SIDE = 8
 @pytest.fixture(scope="module")
 def there(tmp_path_factory) -> Path:
     """model/, diffusion/ and pictures/."""
-    folder = tmp_path_factory.mktemp("reconstruction")
-    save_tokenizer(folder / "model")
-    save_stable_diffusion(folder / "diffusion")
-    write_pictures(folder / "pictures", PICTURES)
-    return folder
+    return save_models_and_pictures(tmp_path_factory.mktemp("reconstruction"), PICTURES)
 
 
 def measure(there: Path, *options: str) -> dict:

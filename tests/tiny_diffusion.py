@@ -10,7 +10,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from seed_jax.interop import diffusers_weights
 from tests.test_diffusion_samplers import CONFIG
 from tests.test_diffusion_weights import UNET, random_model
-from tests.tiny import TOKENIZER, VOCABULARY, text_tokenizer
+from tests.tiny import TOKENIZER, VOCABULARY, save_tokenizer, text_tokenizer, write_pictures
 
 WIDTH, STATES = UNET.cross_attention_dim, TOKENIZER.generation.queries
 
@@ -34,4 +34,12 @@ def save_stable_diffusion(folder: Path) -> Path:
         torch.manual_seed(0)
         CLIPTextModel(config).save_pretrained(folder / "text_encoder")
     text_tokenizer().save_pretrained(folder / "tokenizer")
+    return folder
+
+
+def save_models_and_pictures(folder: Path, pictures: int) -> Path:
+    """A tokenizer in model/, what draws from its codes in diffusion/, and pictures/."""
+    save_tokenizer(folder / "model")
+    save_stable_diffusion(folder / "diffusion")
+    write_pictures(folder / "pictures", pictures)
     return folder

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import safetensors.numpy
 from flax import nnx
@@ -70,8 +69,7 @@ def load(module: nnx.Module, folder: str, part: str = "") -> None:
     else:
         weights = dict(read_weights(file))
     loaded = state_dict.load_state(weights, _table(module, weights), params, source=str(file))
-    placed = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), loaded, params)
-    nnx.update(module, placed)
+    model_dir.replace_params(module, loaded)
 
 
 def _table(module: nnx.Module, weights: dict[str, ArrayLike]) -> Table:

@@ -36,6 +36,7 @@ from seed_jax.models.tokenizer import (
 from seed_jax.models.vit import ViTConfig
 
 Rows = list[Row]
+VIT = "visual_encoder."  # prefix of the ViT in a larger model's state dict
 SEED1, SEED2 = "seed1_tokenizer", "seed2_quantizer"
 
 
@@ -122,7 +123,7 @@ def encoder_config(
         max_positions=shape(f"{bert}embeddings.position_ids")[1],
     )
     return EncoderConfig(
-        vit=vit_config(weights, prefix="visual_encoder.", heads=vit_heads, source=source),
+        vit=vit_config(weights, prefix=VIT, heads=vit_heads, source=source),
         qformer=qformer,
         contrastive_dim=shape("vision_proj.weight")[0] if "vision_proj.weight" in weights else 0,
     )
@@ -209,7 +210,7 @@ def _tokenizer(name: str, config: TokenizerConfig, *, target: str, suffix: str) 
 
 
 def _encoder(config: EncoderConfig, ours: str) -> tuple[Rows, dict[str, np.ndarray]]:
-    rows = _vit(config.vit, "visual_encoder.", f"{ours}vit/")
+    rows = _vit(config.vit, VIT, f"{ours}vit/")
     rows += _norm("ln_vision.", f"{ours}ln_vision/")
     rows.append(_one("query_tokens", f"{ours}qformer/query_tokens", LEADING_ONE))
     rows += _qformer(config.qformer, "Qformer.bert.", f"{ours}qformer/")

@@ -14,7 +14,7 @@ from flax import nnx
 from seed_jax.cli import UserError
 from seed_jax.interop import state_dict
 from seed_jax.interop.state_dict import LINEAR, SAME, ArrayLike, Layout, Row, Table
-from seed_jax.interop.torch_io import StoredTensor, read_weights
+from seed_jax.interop.torch_io import INDEX_SUFFIX, StoredTensor, read_weights
 from seed_jax.models.layers import Compute
 from seed_jax.models.lora import LoRAConfig
 from seed_jax.models.opt import OPT, OPTConfig
@@ -22,9 +22,9 @@ from seed_jax.models.opt import OPT, OPTConfig
 TORCH_FILE = "model.safetensors"
 # In the order in which they are looked for; an index names the files of a model in pieces.
 FILES = (
-    f"{TORCH_FILE}.index.json",
+    f"{TORCH_FILE}{INDEX_SUFFIX}",
     TORCH_FILE,
-    "pytorch_model.bin.index.json",
+    f"pytorch_model.bin{INDEX_SUFFIX}",
     "pytorch_model.bin",
 )
 # Ours -> transformers'.

@@ -213,9 +213,7 @@ def check(
     unexpected = [
         key
         for key in weights
-        if key not in expected
-        and key not in table.constants
-        and not any(fnmatch.fnmatchcase(key, pattern) for pattern in table.ignored)
+        if key not in expected and key not in table.constants and not matches(key, table.ignored)
     ]
     misshapen: dict[tuple[Shape, Shape], list[str]] = defaultdict(list)
     for key, (row, shape) in expected.items():
@@ -238,6 +236,11 @@ def check(
         problems.append(f"of another shape: {'; '.join(wrong)}")
     if problems:
         raise UserError(f"{source} does not fit {table.name}: {' | '.join(problems)}")
+
+
+def matches(key: str, patterns: Iterable[str]) -> bool:
+    """Whether a key is one of those that patterns such as 'head.*' stand for."""
+    return any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)
 
 
 def _aligned(shape: Shape, dtype: Any) -> np.ndarray:

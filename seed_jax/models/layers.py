@@ -20,7 +20,7 @@ S = TypeVar("S")
 
 # What the forward pass of a layer keeps for the backward pass; the rest is computed again.
 REMAT = {
-    "none": jax.checkpoint_policies.everything_saveable,
+    "none": None,  # keeps all, and is no policy
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -207,8 +207,8 @@ def scan(
     body: Callable[[Array, S], tuple[Array, Any]], x: Array, stacked: S, *, compute: Compute
 ) -> tuple[Array, Any]:
     """`jax.lax.scan` of `body` over stacked layers, as `compute` says to run them."""
-    if compute.remat != "none":
-        body = jax.checkpoint(body, prevent_cse=False, policy=REMAT[compute.remat])
+    if (policy := REMAT[compute.remat]) is not None:
+        body = jax.checkpoint(body, prevent_cse=False, policy=policy)
     return jax.lax.scan(body, x, stacked, unroll=True if compute.unroll else 1)
 
 

@@ -132,11 +132,6 @@ class Autoencoder(nnx.Module):
         latents = outputs.latent_dist
         return latents.mean.astype(jnp.float32), latents.logvar.astype(jnp.float32)
 
-    def sample(self, pictures_BHWC: Array, key: Array) -> tuple[Array, Array, Array]:
-        """Latents drawn from the Gaussian that `encode` gives; then its mean and log-variance."""
-        mean_BHWC, logvar_BHWC = self.encode(pictures_BHWC)
-        return draw_gaussian(mean_BHWC, logvar_BHWC, key), mean_BHWC, logvar_BHWC
-
     def decode(self, latents_BHWC: Array) -> Array:
         """Latents to pictures, float32 [B, H, W, 3], roughly in [-1, 1]."""
         # Channels last, which diffusers takes too: given channels first, it mistakes latents whose

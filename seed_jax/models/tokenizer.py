@@ -57,6 +57,11 @@ class GenerationConfig:
     depth: int = 4
     output_dim: int = 768
 
+    @property
+    def one_vector(self) -> bool:
+        """Whether a picture's generation embedding is one vector, not text states."""
+        return self.kind == "image_down" or self.queries == 1
+
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:

@@ -13,7 +13,7 @@ from seed_jax import model_dir
 from seed_jax.data.text import TextField
 from seed_jax.interop import diffusers_weights
 from seed_jax.models.layers import Compute
-from seed_jax.models.stable_diffusion import Autoencoder, AutoencoderConfig
+from seed_jax.models.stable_diffusion import Autoencoder, AutoencoderConfig, draw_gaussian
 from seed_jax.tasks import Batch, compute_of
 
 # Of the running deviation of the latents.
@@ -58,7 +58,8 @@ class AutoencoderKL:
         self, model: ScaledAutoencoder, batch: Batch, key: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array], jax.Array]:
         pictures_BHWC = to_signed(batch["image"])
-        latents_BHWC, mean_BHWC, logvar_BHWC = model.autoencoder.sample(pictures_BHWC, key)
+        mean_BHWC, logvar_BHWC = model.autoencoder.encode(pictures_BHWC)
+        latents_BHWC = draw_gaussian(mean_BHWC, logvar_BHWC, key)
         error_BHWC = model.autoencoder.decode(latents_BHWC) - pictures_BHWC
         divergence = (mean_BHWC**2 + jnp.exp(logvar_BHWC) - 1 - logvar_BHWC).mean() / 2
         absolute = jnp.abs(error_BHWC).mean()

@@ -53,9 +53,9 @@ class CausalQFormer:
         if self.config.init:
             model_dir.load_into(model, self.config.init, KIND)
         else:
-            model.qformer.cross.query.kernel[...] *= self.config.query_gain
+            model.qformer.cross.query.kernel[...] *= self.config.first_scale.queries
             assert model.qformer.words is not None
-            model.qformer.words[...] *= self.config.word_scale
+            model.qformer.words[...] *= self.config.first_scale.words
 
     def loss(
         self, model: CausalEncoder, batch: Batch, key: jax.Array

@@ -127,13 +127,7 @@ class Diffusion:
     def prepare(self, model: DrawingModel, batches: Iterator[Batch]) -> None:
         """Takes the frozen parts' weights and, on request, memory of what they make."""
         clip_weights.load_text_encoder(model.teacher, self.config.teacher)
-        trained = nnx.state(self.autoencoder, nnx.Param)
-        placed = jax.tree.map(
-            lambda new, old: jax.device_put(new.astype(old.dtype), old.sharding),
-            trained,
-            nnx.state(model.autoencoder, nnx.Param),
-        )
-        nnx.update(model.autoencoder, placed)
+        model_dir.replace_params(model.autoencoder, nnx.state(self.autoencoder, nnx.Param))
         if model.memory is not None:
             self._remember(model, model.memory, batches)
 
@@ -162,10 +156,10 @@ class Diffusion:
             mean_BHWC, logvar_BHWC, states_BSD = (
                 table[...][batch["index"]] for table in model.memory.tables
             )
-            latents_BHWC = draw_gaussian(mean_BHWC, logvar_BHWC, latent_key)
         else:
-            latents_BHWC, _, _ = model.autoencoder.sample(to_signed(batch["image"]), latent_key)
+            mean_BHWC, logvar_BHWC = model.autoencoder.encode(to_signed(batch["image"]))
             states_BSD = model.teacher(batch["prompt"])
+        latents_BHWC = draw_gaussian(mean_BHWC, logvar_BHWC, latent_key)
         latents_BHWC *= self.autoencoder.config.scaling_factor
 
         empty_ids_1S, _ = self._prompts().batch([""])
