@@ -120,5 +120,6 @@ def draw_sheet(shown: list[Shown], output: Path) -> None:
             axis.set_title(label, fontsize=8, loc="left", color="#57606a")
             if picture is not None:
                 axis.imshow(picture, interpolation="lanczos")
-        row[0].set_title(group.title, fontsize=8, loc="left")
+        # A line above the labels, which a long title would run into.
+        row[0].set_title(f"{group.title}\n", fontsize=8, loc="left")
     figure.savefig(output, dpi=100, facecolor="white")
