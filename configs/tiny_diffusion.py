@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
     del config.init, config.train_vit, config.first_scale, config.tokenizer
     config.autoencoder = ""  # directory with a vae/; "" is the packaged one
     config.teacher = ""  # Stable Diffusion directory with a text encoder; "" is the packaged one
-    config.remember = True  # run the frozen parts once a record, not once a step: one view of each
+    config.remember = True
     config.drop_prompt = 0.1  # share of captions left out, for classifier-free guidance
 
     config.model = ConfigDict(

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes .venv in the repository's root, if there is none, and installs a requirements file into it, if
-# that changed since the last time.
+# Makes .venv in the repository's root, if there is none, and installs a requirements file and this
+# package into it, if that changed since the last time.
 #
 #     bash launch/setup.sh [requirements.txt]
 #
@@ -60,12 +60,14 @@ fi
 new_enough .venv/bin/python || fail ".venv holds $(.venv/bin/python --version); Python 3.11 or newer is needed: delete .venv and start again"
 
 stamp=.venv/installed-$requirements.sha256
-wanted=$(cat requirements*.txt constraints.txt | .venv/bin/python -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')
+wanted=$(cat requirements*.txt constraints.txt pyproject.toml | .venv/bin/python -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "setup: installing $requirements into .venv (once; a minute or two)"
     options=(--requirement "$requirements" --constraint constraints.txt --disable-pip-version-check)
     [ -z "${TORCH_INDEX_URL:-}" ] || options+=(--extra-index-url "$TORCH_INDEX_URL")
     [ -t 1 ] || options+=(--quiet)
     .venv/bin/python -m pip install "${options[@]}" || fail "installing $requirements failed; the lines above say why"
+    # The package itself stays where it is: scripts outside it, such as the benchmarks, find it there.
+    .venv/bin/python -m pip install --quiet --no-deps --editable . --disable-pip-version-check || fail "installing seed_jax failed; the lines above say why"
     echo "$wanted" >"$stamp"
 fi

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from seed_jax.models import quantizer, teacher
 from seed_jax.models.teacher import TextTeacher
 from seed_jax.models.tokenizer import EncoderConfig, SeedTokenizer, TokenizerConfig
 from seed_jax.tasks import Batch, causal_qformer, compute_of
+from seed_jax.tasks.memory import Memory
 
 KIND = "seed_tokenizer"
 # A code last seen about 1/(1 - decay) batches ago has decayed to a third of its count.
@@ -30,11 +32,16 @@ class RunningCounts(nnx.Variable):
 
 
 class TeachedTokenizer(nnx.Module):
-    """The tokenizer beside the text encoder whose states it learns to regress."""
+    """The tokenizer beside the text encoder whose states it learns to regress.
 
-    def __init__(self, tokenizer: SeedTokenizer, text_teacher: TextTeacher):
+    Args:
+      memory: of what stage 1 and the teacher made of the records; None runs them at each step.
+    """
+
+    def __init__(self, tokenizer: SeedTokenizer, text_teacher: TextTeacher, memory: Memory | None):
         self.tokenizer = tokenizer
         self.teacher = text_teacher
+        self.memory = memory
         self.counts = RunningCounts(jnp.zeros(tokenizer.config.codebook.size))
 
 
@@ -70,6 +77,20 @@ class Codebook:
         return TeachedTokenizer(
             SeedTokenizer(self.sizes, compute=compute, rngs=rngs),
             TextTeacher(self.teacher_config, compute=compute, rngs=rngs),
+            self._empty_memory() if self.config.remember else None,
+        )
+
+    def _empty_memory(self) -> Memory:
+        qformer, text = self.sizes.encoder.qformer, self.teacher_config
+        causal = (qformer.queries, qformer.width)
+        states = (text.max_position_embeddings, text.hidden_size)
+        return Memory(
+            self.config.data.path,
+            self.config.data.split,
+            {
+                "causal": jax.ShapeDtypeStruct(causal, jnp.float32),
+                "states": jax.ShapeDtypeStruct(states, jnp.float16),
+            },
         )
 
     def trains(self, path: tuple) -> bool:
@@ -81,8 +102,18 @@ class Codebook:
     def prepare(self, model: TeachedTokenizer, batches: Iterator[Batch]) -> None:
         model_dir.load_into(model.tokenizer.encoder, self.config.init, causal_qformer.KIND)
         clip_weights.load_text_encoder(model.teacher, self.config.teacher)
+        if model.memory is not None:
+            model.memory.fill(model, self._run_frozen, batches, self.config.batch_size)
         if self.config.codebook_health.kmeans_batches:
             self._start_at_means(model.tokenizer, batches)
+
+    @staticmethod
+    def _run_frozen(model: Any, batch: Batch) -> dict[str, jax.Array]:
+        """What is not trained here makes of pictures and captions."""
+        return {
+            "causal": model.tokenizer.causal_embeddings(batch["image"]),
+            "states": model.teacher(batch["prompt"]),
+        }
 
     def _start_at_means(self, tokenizer: SeedTokenizer, batches: Iterator[Batch]) -> None:
         """Puts the codes at the k-means centres of the vectors that they will quantise."""
@@ -114,7 +145,12 @@ class Codebook:
         self, model: TeachedTokenizer, batch: Batch, key: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array], tuple[jax.Array, jax.Array]]:
         tokenizer, weights = model.tokenizer, self.config.loss
-        causal_BQD = jax.lax.stop_gradient(tokenizer.causal_embeddings(batch["image"]))
+        known = (
+            self._run_frozen(model, batch)
+            if model.memory is None
+            else model.memory.lookup(batch["index"])
+        )
+        causal_BQD = jax.lax.stop_gradient(known["causal"])
         z_BQK = tokenizer.code_vectors(causal_BQD)
         st_BQK, e_BQK, codes_BQ = tokenizer.codebook.quantize(z_BQK)
         x_BQD = tokenizer.dequantize(st_BQK)
@@ -126,9 +162,7 @@ class Codebook:
             "loss_reconstruction": weights.reconstruction
             * losses.cosine_reconstruction(tokenizer.decode_causal(x_BQD), causal_BQD),
             "loss_generation": weights.generation
-            * losses.mean_squared_error(
-                tokenizer.generation(x_BQD, key=key), model.teacher(batch["prompt"])
-            ),
+            * losses.mean_squared_error(tokenizer.generation(x_BQD, key=key), known["states"]),
         }
         counts_C = quantizer.usage_counts(codes_BQ, self.sizes.codebook.size)
         health = quantizer.codebook_health(model.counts[...] + counts_C)

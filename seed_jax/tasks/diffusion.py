@@ -7,13 +7,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
 from seed_jax import model_dir, samplers
 from seed_jax.cli import UserError
-from seed_jax.data import sources
 from seed_jax.data.text import TextField, load_tokenizer
 from seed_jax.interop import clip_weights, diffusers_folder, diffusers_weights
 from seed_jax.models import teacher
@@ -21,6 +19,7 @@ from seed_jax.models.stable_diffusion import Autoencoder, UNet, UNetConfig, draw
 from seed_jax.models.teacher import TextTeacher
 from seed_jax.tasks import Batch, compute_of
 from seed_jax.tasks.autoencoder import to_signed
+from seed_jax.tasks.memory import Memory
 
 # What diffusers loads a pipeline by; no safety checker, which these pictures don't need.
 MODEL_INDEX = {
@@ -36,23 +35,6 @@ MODEL_INDEX = {
     "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"],
 }
-
-
-class Remembered(nnx.Variable):
-    """What a frozen part made of each record of the training set, by the record's index."""
-
-
-class Memory(nnx.Module):
-    """What the frozen parts made of N records: their latents' Gaussians and text states."""
-
-    def __init__(self, records: int, latents: tuple[int, ...], states: tuple[int, ...]):
-        self.means_NHWC = Remembered(jnp.zeros((records, *latents)))
-        self.logvars_NHWC = Remembered(jnp.zeros((records, *latents)))
-        self.states_NSD = Remembered(jnp.zeros((records, *states), jnp.float16))
-
-    @property
-    def tables(self) -> tuple[Remembered, Remembered, Remembered]:
-        return self.means_NHWC, self.logvars_NHWC, self.states_NSD
 
 
 class DrawingModel(nnx.Module):
@@ -109,11 +91,19 @@ class Diffusion:
         )
 
     def _empty_memory(self) -> Memory:
-        data, sizes, text = self.config.data, self.autoencoder.config, self.text_config
-        records = len(sources.open_source(data.path, data.split))
+        sizes, text = self.autoencoder.config, self.text_config
         side = self.config.image_size // sizes.downsampling
+        latents = jax.ShapeDtypeStruct((side, side, sizes.latent_channels), jnp.float32)
         states = (text.max_position_embeddings, text.hidden_size)
-        return Memory(records, (side, side, sizes.latent_channels), states)
+        return Memory(
+            self.config.data.path,
+            self.config.data.split,
+            {
+                "mean": latents,
+                "logvar": latents,
+                "states": jax.ShapeDtypeStruct(states, jnp.float16),
+            },
+        )
 
     def trains(self, path: tuple) -> bool:
         return path[0] == "unet"
@@ -129,43 +119,31 @@ class Diffusion:
         clip_weights.load_text_encoder(model.teacher, self.config.teacher)
         model_dir.replace_params(model.autoencoder, nnx.state(self.autoencoder, nnx.Param))
         if model.memory is not None:
-            self._remember(model, model.memory, batches)
+            frozen = nnx.Dict(autoencoder=model.autoencoder, teacher=model.teacher)
+            model.memory.fill(frozen, self._run_frozen, batches, self.config.batch_size)
 
-    def _remember(self, model: DrawingModel, memory: Memory, batches: Iterator[Batch]) -> None:
-        """One pass over the set through the frozen parts, with the views and captions it draws."""
-        frozen = nnx.split((model.autoencoder, model.teacher))
-
-        @jax.jit
-        def outputs(state: nnx.State, batch: Batch) -> tuple[jax.Array, ...]:
-            autoencoder, text_teacher = nnx.merge(frozen[0], state)
-            return *autoencoder.encode(to_signed(batch["image"])), text_teacher(batch["prompt"])
-
-        filled = [np.zeros(table.shape, table.dtype) for table in memory.tables]
-        for _ in range(-(-len(memory.states_NSD) // self.config.batch_size)):
-            batch = next(batches)
-            for rows, made in zip(filled, outputs(frozen[1], batch), strict=True):
-                rows[np.asarray(batch["index"])] = made
-        for table, rows in zip(memory.tables, filled, strict=True):
-            table[...] = jax.device_put(rows, table[...].sharding)
+    @staticmethod
+    def _run_frozen(frozen: Any, batch: Batch) -> dict[str, jax.Array]:
+        mean_BHWC, logvar_BHWC = frozen.autoencoder.encode(to_signed(batch["image"]))
+        states_BSD = frozen.teacher(batch["prompt"])
+        return {"mean": mean_BHWC, "logvar": logvar_BHWC, "states": states_BSD}
 
     def loss(
         self, model: DrawingModel, batch: Batch, key: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array], None]:
         latent_key, time_key, noise_key, drop_key = jax.random.split(key, 4)
-        if model.memory is not None:
-            mean_BHWC, logvar_BHWC, states_BSD = (
-                table[...][batch["index"]] for table in model.memory.tables
-            )
-        else:
-            mean_BHWC, logvar_BHWC = model.autoencoder.encode(to_signed(batch["image"]))
-            states_BSD = model.teacher(batch["prompt"])
-        latents_BHWC = draw_gaussian(mean_BHWC, logvar_BHWC, latent_key)
+        known = (
+            self._run_frozen(model, batch)
+            if model.memory is None
+            else model.memory.lookup(batch["index"])
+        )
+        latents_BHWC = draw_gaussian(known["mean"], known["logvar"], latent_key)
         latents_BHWC *= self.autoencoder.config.scaling_factor
 
         empty_ids_1S, _ = self._prompts().batch([""])
         dropped_B = jax.random.bernoulli(drop_key, self.config.drop_prompt, latents_BHWC.shape[:1])
         empty_1SD = model.teacher(jnp.asarray(empty_ids_1S))
-        states_BSD = jnp.where(dropped_B[:, None, None], empty_1SD, states_BSD)
+        states_BSD = jnp.where(dropped_B[:, None, None], empty_1SD, known["states"])
 
         signal_T = jnp.asarray(self.signal_T, jnp.float32)
         times_B = jax.random.randint(time_key, latents_BHWC.shape[:1], 0, len(signal_T))

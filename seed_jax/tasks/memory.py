@@ -1,0 +1,69 @@
+"""What frozen parts made of each record of the training set, so that they need not run each step.
+
+For small sets on one host: every record is kept, of the one view and caption that it was run with.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from seed_jax.cli import UserError
+from seed_jax.data import sources
+from seed_jax.models.layers import Array
+from seed_jax.tasks import Batch
+
+
+class Remembered(nnx.Variable):
+    """Outputs by the record's index, [N, ...] for N records."""
+
+
+class Memory(nnx.Module):
+    """Tables of outputs by name, empty until `fill`.
+
+    Args:
+      path, split: the training set.
+      outputs: name -> shape and dtype of what is kept of a record.
+    """
+
+    def __init__(self, path: str, split: str, outputs: Mapping[str, jax.ShapeDtypeStruct]):
+        self.records = len(sources.open_source(path, split))
+        self.tables = nnx.Dict(
+            {
+                name: Remembered(jnp.zeros((self.records, *kept.shape), kept.dtype))
+                for name, kept in outputs.items()
+            }
+        )
+
+    def lookup(self, index_B: Array) -> dict[str, Array]:
+        """What was kept of these records, [B, ...] a name."""
+        return {name: table[...][index_B] for name, table in self.tables.items()}
+
+    def fill(
+        self,
+        frozen: nnx.Module,
+        run: Callable[[nnx.Module, Batch], dict[str, Array]],
+        batches: Iterator[Batch],
+        batch_size: int,
+    ) -> None:
+        """One pass over the set, with the views and captions that it draws.
+
+        Args:
+          run: (frozen, batch) -> name -> [B, ...]; compiled here.
+
+        Raises:
+          UserError: there are several hosts, each of which would see its own rows alone.
+        """
+        if jax.process_count() > 1:
+            raise UserError("config.remember works on one host; set --config.remember=False")
+        graphdef, state = nnx.split(frozen)
+        compiled = jax.jit(lambda state, batch: run(nnx.merge(graphdef, state), batch))
+        filled = {name: np.zeros(table.shape, table.dtype) for name, table in self.tables.items()}
+        for _ in range(-(-self.records // batch_size)):
+            batch = next(batches)
+            for name, rows in compiled(state, batch).items():
+                filled[name][np.asarray(batch["index"])] = rows
+        for name, table in self.tables.items():
+            table[...] = jax.device_put(filled[name], table[...].sharding)
