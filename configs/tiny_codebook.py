@@ -11,7 +11,7 @@ from configs import codebook
 
 def get_config() -> ConfigDict:
     config = codebook.get_config().unlock()
-    config.steps = 1300
+    config.steps = 900
     config.batch_size = 32
     config.image_size = 64
     config.precision = "float32"
@@ -21,8 +21,8 @@ def get_config() -> ConfigDict:
     # With views drawn anew at each step, codes keep as much, at about half the speed.
     config.remember = True
 
-    config.model.codebook.update(size=768, dim=32)
-    config.codebook_health.update(kmeans_batches=16, dead_code_threshold=0.03)
+    config.model.codebook.update(size=1024, dim=32)
+    config.codebook_health.update(kmeans_batches=32, dead_code_threshold=0.03)
     config.model.decoder_heads = 2
     config.model.decoder_depth = 2
     config.model.generation.depth = 1
@@ -47,6 +47,6 @@ def get_config() -> ConfigDict:
         flip=False,
     )
     config.log_every = 10
-    config.checkpoint_every = 500
+    config.checkpoint_every = 300
     config.keep_checkpoints = 1
     return config.lock()

@@ -13,4 +13,4 @@ echo "types"; $python -m mypy
 
 # One worker a core, each with one thread: workers that each claim every core slow one another down.
 export OMP_NUM_THREADS=1
-exec $python -m pytest --numprocesses 2 "$@"
+exec $python -m pytest --numprocesses 2 --dist loadgroup "$@"

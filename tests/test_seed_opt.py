@@ -26,6 +26,9 @@ from seed_jax.tasks.language_model import PACKAGED
 from seed_jax.tasks.seed_opt import SeedOPTTraining, fill_in
 from seed_jax.train import train
 
+# What one test trains serves the others, in the same worker.
+pytestmark = pytest.mark.xdist_group("seed_opt")
+
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> Path:
@@ -41,7 +44,7 @@ def tokenizer(tmp_path_factory) -> Path:
 def base(pictures, tmp_path_factory) -> Path:
     """An OPT that the recipe of the packaged one trained for two steps."""
     config = tiny_opt.get_config().unlock()
-    config.update(steps=2, batch_size=16, unroll=False, checkpoint_every=2)
+    config.update(steps=2, batch_size=16, unroll=False, checkpoint_every=100)
     config.model.update(width=16, depth=2, heads=2, mlp_dim=24)
     config.sequences.update(row_length=64, per_row=2)
     config.data.update(path=str(pictures), split="", cache=False)
@@ -52,7 +55,7 @@ def base(pictures, tmp_path_factory) -> Path:
 
 def recipe(tokenizer: Path, base: Path, pictures: Path, **changes) -> ConfigDict:
     config = tiny_seed_opt.get_config().unlock()
-    config.update(steps=3, batch_size=16, image_size=SIDE, log_every=1, checkpoint_every=2)
+    config.update(steps=3, batch_size=16, image_size=SIDE, log_every=1, checkpoint_every=100)
     config.update(init=str(tokenizer), opt=str(base), unroll=False)
     config.sequences.update(row_length=96, per_row=2, picture_to_text_steps=1)
     config.model.lora.rank = 2
