@@ -3,6 +3,8 @@
     python -m seed_jax.convert --source seed2 --weights seed_quantizer.pt --output DIR
     python -m seed_jax.convert --source seed1 --weights causal_qformer.pth seed_tokenizer.pth \
         --vit eva_vit_g.pth --output DIR
+    python -m seed_jax.convert --source opt --weights OPT_DIR --output DIR
+    python -m seed_jax.convert --source peft --weights ADAPTER_DIR --base OPT_DIR --output DIR
 
 Reads one tensor at a time, and runs no code that a file may hold.
 """
@@ -16,24 +18,39 @@ from transformers import PreTrainedTokenizerBase
 from seed_jax import cli, inference, model_dir
 from seed_jax.cli import UserError
 from seed_jax.data.text import load_tokenizer
-from seed_jax.interop import keys, state_dict, torch_io
+from seed_jax.interop import keys, opt_weights, state_dict, torch_io
+from seed_jax.interop.state_dict import Table
 from seed_jax.interop.torch_io import StoredTensor
 from seed_jax.models.tokenizer import SeedTokenizer
 from seed_jax.tasks.codebook import KIND
 
-SOURCES = ("seed1", "seed2")
+SOURCES = ("seed1", "seed2", "opt", "peft")
+OPT_KIND = "opt"
+# Either tells that a folder of transformers has a tokenizer.
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 # Of EVA's own file: SEED sees through all blocks but the last, and classifies nothing.
 VIT_IGNORED = ("blocks.39.*", "norm.*", "fc_norm.*", "head.*")
 
 
 def convert(args: argparse.Namespace) -> None:
-    """Writes the model directory of a SEED tokenizer in the original's layout.
+    """Writes a model directory.
 
     Raises:
       UserError: a file is missing, damaged or would run code; with every key that is missing,
         unexpected or of another shape; or the output exists.
     """
     cli.refuse_existing(args.output, overwrite=args.overwrite)
+    used, ignored = (
+        _convert_tokenizer(args) if args.source in ("seed1", "seed2") else _convert_opt(args)
+    )
+    print(f"{used} tensors used, {len(ignored)} ignored, none missing")
+    for key in ignored:
+        print(f"  ignored: {key}")
+    print(f"the model directory is {args.output}")
+
+
+def _convert_tokenizer(args: argparse.Namespace) -> tuple[int, list[str]]:
+    """A SEED tokenizer in the original's layout; how many tensors were used, which were not."""
     words = load_tokenizer(args.text_tokenizer) if args.text_tokenizer else None
     weights = torch_io.read_weights(args.weights)
     ignored: list[str] = []
@@ -61,11 +78,40 @@ def convert(args: argparse.Namespace) -> None:
         module=model,
         add_files=lambda folder: _save_words(words, folder),
     )
-    used = sum(len(row.torch_keys()) for row in table.rows)
-    print(f"{used} tensors used, {len(ignored)} ignored, none missing")
-    for key in ignored:
-        print(f"  ignored: {key}")
-    print(f"the model directory is {args.output}")
+    return _used(table), ignored
+
+
+def _convert_opt(args: argparse.Namespace) -> tuple[int, list[str]]:
+    """An OPT as transformers saves it, and adapters as PEFT does."""
+    if len(args.weights) != 1:
+        raise UserError(f"--source {args.source} takes one folder as --weights")
+    (folder,) = args.weights
+    if args.source == "peft" and args.base is None:
+        raise UserError("--source peft needs the folder of the OPT under the adapters as --base")
+    base = args.base if args.source == "peft" else folder
+    model = opt_weights.load(base)
+    table = opt_weights.opt(model.config)
+    used = _used(table)
+    ignored = [k for k in opt_weights.read_tensors(base) if state_dict.matches(k, table.ignored)]
+    if args.source == "peft":
+        lora = opt_weights.read_peft_config(folder)
+        adapters = torch_io.read_weights(folder / opt_weights.PEFT_FILE)
+        model = opt_weights.with_adapters(model, adapters, lora)
+        used += len(adapters)
+    has_words = any((base / name).is_file() for name in TOKENIZER_FILES)
+    words = load_tokenizer(base) if has_words else None
+    model_dir.save(
+        args.output,
+        kind=OPT_KIND,
+        config=model.config,
+        module=model,
+        add_files=lambda folder: _save_words(words, folder),
+    )
+    return used, ignored
+
+
+def _used(table: Table) -> int:
+    return sum(len(row.torch_keys()) for row in table.rows)
 
 
 def _vit(path: Path) -> tuple[dict[str, StoredTensor], list[str]]:
@@ -83,7 +129,7 @@ def _save_words(tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m seed_jax.convert",
-        description="Turns published PyTorch weights of a SEED tokenizer into a model directory.",
+        description="Turns published PyTorch weights into a model directory.",
     )
     parser.add_argument("--source", required=True, choices=SOURCES, help="what the weights are of")
     parser.add_argument(
@@ -91,15 +137,18 @@ def main(argv: list[str] | None = None) -> None:
         required=True,
         type=Path,
         nargs="+",
-        metavar="FILE",
-        help=".safetensors, .pt, .pth, .bin, or an .index.json that names such; where two hold the "
-        "same name, the later one wins",
+        metavar="PATH",
+        help="of a tokenizer: .safetensors, .pt, .pth, .bin, or an .index.json that names such; "
+        "where two hold the same name, the later one wins. Of opt and peft: a folder",
     )
     parser.add_argument(
         "--vit",
         type=Path,
         metavar="FILE",
         help="the ViT, if the others lack it (BLIP-2's eva_vit_g.pth)",
+    )
+    parser.add_argument(
+        "--base", type=Path, metavar="DIR", help="with peft: the OPT that the adapters belong to"
     )
     parser.add_argument(
         "--output", required=True, type=Path, metavar="DIR", help="the model directory"

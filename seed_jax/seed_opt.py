@@ -80,7 +80,7 @@ class SeedOPT:
             path, KIND, VisualOPTConfig, VisualOPT, compute, stored=compute.dtype
         )
         return cls(
-            _merged(model, compute),
+            merged(model),
             Words(load_tokenizer(Path(path) / "text_tokenizer")),
             SeedTokenizer.from_pretrained(folder),
         )
@@ -281,10 +281,11 @@ class SeedOPT:
         return parts
 
 
-def _merged(model: VisualOPT, compute: Compute) -> VisualOPT:
+def merged(model: VisualOPT) -> VisualOPT:
     """The model with its adapters merged into the layers beneath them."""
     opt = dataclasses.replace(model.config.opt, lora=LoRAConfig(rank=0))
     config = dataclasses.replace(model.config, opt=opt)
+    compute = model.opt.compute
     plain = nnx.eval_shape(lambda: VisualOPT(config, compute=compute, rngs=nnx.Rngs(0)))
     lora.merge(model, plain)
     return plain

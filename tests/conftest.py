@@ -12,7 +12,7 @@ os.environ["XLA_FLAGS"] = " ".join(
         # Tests compile much and run little; with LLVM's optimisations, most of their time is its.
         "--xla_backend_optimization_level=0",
         "--xla_cpu_use_fusion_emitters=false",
-        # In program order: devices short of threads could wait for one another's collectives for ever.
+        # In program order: short of threads, devices could wait for one another for ever.
         "--xla_cpu_enable_concurrency_optimized_scheduler=false",
     ]
 )

@@ -20,6 +20,7 @@ from seed_jax.models.lora import LoRAConfig
 from seed_jax.models.opt import OPT, OPTConfig
 
 TORCH_FILE = "model.safetensors"
+PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # In the order in which they are looked for; an index names the files of a model in pieces.
 FILES = (
     f"{TORCH_FILE}{INDEX_SUFFIX}",
@@ -42,8 +43,10 @@ DECODER = "model.decoder."
 
 
 def opt(config: OPTConfig) -> Table:
-    """transformers' OPTForCausalLM, whose output layer is its word embeddings."""
-    return Table("opt", tuple(_base(config)), ignored=("lm_head.weight",))
+    """transformers' OPTForCausalLM."""
+    # Files may hold the output layer even where it is the word embeddings.
+    ignored = ("lm_head.weight",) if config.tied_head else ()
+    return Table("opt", tuple(_base(config)), ignored=ignored)
 
 
 def peft(config: OPTConfig) -> Table:
@@ -57,6 +60,8 @@ def _base(config: OPTConfig) -> list[Row]:
         Row(f"{DECODER}embed_tokens.weight", ("words",)),
         Row(f"{DECODER}embed_positions.weight", ("positions",)),
     ]
+    if not config.tied_head:
+        rows.append(Row("lm_head.weight", ("head",)))
     if config.word_dim not in (0, config.width):
         rows += [
             Row(f"{DECODER}{name}.weight", (f"{name}/kernel",), LINEAR)
@@ -119,6 +124,7 @@ def read_config(folder: str | Path) -> OPTConfig:
             max_positions=values["max_position_embeddings"],
             word_dim=0 if word_dim == width else word_dim,
             pre_norm=values.get("do_layer_norm_before", True),
+            tied_head=values.get("tie_word_embeddings", True),
         )
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is not the config of an OPT ({error!r})") from None
@@ -177,6 +183,7 @@ def save(model: OPT, folder: Path, *, dtype: Any = np.float16, **facts: Any) -> 
         "max_position_embeddings": config.max_positions,
         "word_embed_proj_dim": config.word_dim or config.width,
         "do_layer_norm_before": config.pre_norm,
+        "tie_word_embeddings": config.tied_head,
         "dropout": config.dropout,
         "dtype": np.dtype(dtype).name,
         **facts,
@@ -194,7 +201,7 @@ def read_peft_config(folder: str | Path) -> LoRAConfig:
     Raises:
       UserError: it is missing, or not of a LoRA of linear layers of OPT.
     """
-    file = Path(folder) / "adapter_config.json"
+    file = Path(folder) / PEFT_CONFIG
     if not file.is_file():
         raise UserError(f"{file} is missing; name a folder as PEFT saves it")
     ours = {torch.split(".")[-1]: name for name, torch in LINEARS.items()}
@@ -209,6 +216,31 @@ def read_peft_config(folder: str | Path) -> LoRAConfig:
         )
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is not of a LoRA of OPT's linear layers ({error!r})") from None
+
+
+def save_peft(adapters: nnx.State, config: OPTConfig, folder: Path, *, base: str) -> None:
+    """Writes adapters as PEFT does.
+
+    Args:
+      adapters: of an OPT with this config.
+      base: what to name as the model that they belong to.
+    """
+    lora = config.lora
+    described = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "target_modules": [LINEARS[name].split(".")[-1] for name in lora.targets],
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / PEFT_CONFIG).write_text(json.dumps(described, indent=2) + "\n")
+    safetensors.numpy.save_file(state_dict.to_torch(adapters, peft(config)), folder / PEFT_FILE)
 
 
 def with_adapters(model: OPT, weights: Mapping[str, ArrayLike], lora: LoRAConfig) -> OPT:

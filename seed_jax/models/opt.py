@@ -28,6 +28,7 @@ class OPTConfig:
     Attributes:
       word_dim: width of the word embeddings, where it is not the model's (OPT-350M); 0: it is.
       pre_norm: normalise before each sublayer. OPT-350M does so after it.
+      tied_head: the output layer is the word embeddings' own table.
       dropout: of each sublayer's output, in training.
     """
 
@@ -39,6 +40,7 @@ class OPTConfig:
     max_positions: int = 2048
     word_dim: int = 0
     pre_norm: bool = True
+    tied_head: bool = True
     dropout: float = 0.0
     lora: LoRAConfig = LoRAConfig(rank=0)
 
@@ -134,7 +136,7 @@ def logits(x_BTE: Array, table_VE: Array) -> Array:
 
 
 class OPT(nnx.Module):
-    """Words in, the next word's logits out; the output layer is the word embedding's own table."""
+    """Words in, the next word's logits out."""
 
     def __init__(self, config: OPTConfig, *, compute: Compute = Compute(), rngs: nnx.Rngs):
         width, word_dim = config.width, config.word_dim or config.width
@@ -151,6 +153,7 @@ class OPT(nnx.Module):
             )
 
         self.words = table(config.vocab_size, word_dim, "vocab")
+        self.head = None if config.tied_head else table(config.vocab_size, word_dim, "vocab")
         self.positions = table(config.max_positions + POSITION_OFFSET, width, None)
         self.project_in, self.project_out = project(word_dim, width), project(width, word_dim)
         self.layers: Layer | nnx.List[Layer] = layers.stack(
@@ -214,7 +217,8 @@ class OPT(nnx.Module):
 
     def word_logits(self, x_BTE: Array) -> Array:
         """Float32 [B, T, V]."""
-        return logits(x_BTE, self.words[...])
+        table = self.words if self.head is None else self.head
+        return logits(x_BTE, table[...])
 
     def unstack(self) -> None:
         """Takes the layers apart, for `cached`.

@@ -13,6 +13,7 @@ from flax import nnx
 
 from seed_jax.models import layers
 from seed_jax.models.layers import Array, Compute
+from seed_jax.models.lora import LoRAConfig
 from seed_jax.models.opt import OPT, KeysValues, OPTConfig, logits
 
 MARKERS = 2
@@ -125,6 +126,27 @@ class VisualOPT(nnx.Module):
     def unstack(self) -> None:
         """See `OPT.unstack`."""
         self.opt.unstack()
+
+
+def as_opt(model: VisualOPT) -> OPT:
+    """The same model as an OPT whose words go on with the codes and markers, without adapters.
+
+    Adapters are left out; `lora.merge` first where they should count.
+    """
+    config = dataclasses.replace(
+        model.config.opt,
+        vocab_size=model.config.vocab_size,
+        tied_head=False,
+        lora=LoRAConfig(rank=0),
+    )
+    plain = nnx.eval_shape(lambda: OPT(config, compute=model.opt.compute, rngs=nnx.Rngs(0)))
+    head = model.opt.words if model.opt.head is None else model.opt.head
+    weights = {path: value[...] for path, value in nnx.to_flat_state(nnx.state(model.opt))}
+    weights["words",] = model.embed(jnp.arange(config.vocab_size)[None])[0]
+    weights["head",] = jnp.concatenate([head[...], model.outputs[...]])
+    state = nnx.to_flat_state(nnx.state(plain, nnx.Param))
+    nnx.update(plain, nnx.from_flat_state((path, v.replace(weights[path])) for path, v in state))
+    return plain
 
 
 def picture_ids(codes_BQ: Array, config: VisualOPTConfig) -> Array:

@@ -1,0 +1,168 @@
+"""SEED-OPT out to transformers and PEFT, run there, and back in."""
+
+import dataclasses
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from seed_jax import SeedOPT, convert, export, model_dir
+from seed_jax.cli import UserError
+from seed_jax.data.text import load_tokenizer
+from seed_jax.interop import opt_weights
+from seed_jax.interop.seed_opt_folders import code_token
+from seed_jax.models.generation import Decoding
+from seed_jax.models.layers import Compute
+from seed_jax.models.lora import LoRAConfig
+from seed_jax.models.opt import OPT, OPTConfig
+from seed_jax.models.visual_opt import VisualOPT, VisualOPTConfig
+from seed_jax.seed_opt import KIND, merged
+from seed_jax.tasks.language_model import PACKAGED
+from tests.tiny import CODES, QUERIES, save_tokenizer
+
+SIZES = OPTConfig(
+    # Seven more than the tokenizer has, as in the published ones.
+    vocab_size=1543,
+    width=24,
+    depth=3,
+    heads=2,
+    mlp_dim=40,
+    max_positions=64,
+    lora=LoRAConfig(rank=3, alpha=5.0, dropout=0.0, targets=("query", "value", "up")),
+)
+
+
+def save_seed_opt(folder, config: VisualOPTConfig):
+    """A language model with random weights, adapters included, as stage 3 leaves it."""
+    model = VisualOPT(config, rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+    state = nnx.state(model, nnx.Param)
+    noise = jax.tree.map(lambda a: rng.normal(size=a.shape, scale=0.2).astype(np.float32), state)
+    nnx.update(model, noise)
+    tokenizer = save_tokenizer(folder / "tokenizer")
+
+    def add_files(partial):
+        load_tokenizer(PACKAGED).save_pretrained(partial / "text_tokenizer")
+        shutil.copytree(tokenizer, partial / "tokenizer")
+
+    model_dir.save(
+        folder / "model",
+        kind=KIND,
+        config=config,
+        module=model,
+        add_files=add_files,
+        tokenizer_hash=model_dir.describe(tokenizer)["content_hash"],
+    )
+    return folder / "model"
+
+
+@pytest.fixture(scope="module", params=["codebook", "learned"])
+def model(request, tmp_path_factory):
+    config = VisualOPTConfig(
+        opt=SIZES, codes=CODES, code_dim=4, picture_codes=QUERIES, code_input=request.param
+    )
+    return save_seed_opt(tmp_path_factory.mktemp("seed_opt"), config)
+
+
+def ours(folder) -> VisualOPT:
+    return model_dir.load(folder, KIND, VisualOPTConfig, VisualOPT, Compute())
+
+
+def some_ids(vocab_size: int) -> np.ndarray:
+    return np.random.default_rng(1).integers(4, vocab_size, (2, 20))
+
+
+def check_logits(theirs: torch.nn.Module, model: VisualOPT) -> None:
+    ids = some_ids(model.config.vocab_size)
+    expected = np.asarray(model(ids, np.ones_like(ids)))
+    with torch.no_grad():
+        found = theirs(torch.from_numpy(ids)).logits.numpy()
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+
+
+def test_transformers_writes_what_we_write(model, tmp_path):
+    export.main(["--model", str(model), "--format", "hf", "--output", str(tmp_path / "hf")])
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    check_logits(theirs, merged(ours(model)))
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    codes = [3, 0, CODES - 1, *[1] * (QUERIES - 3)]
+    picture = "[IMG]" + "".join(map(code_token, codes)) + "[/IMG]"
+    ids = tokenizer(f"{picture}<s>A photo of", add_special_tokens=False).input_ids
+    begin = SIZES.vocab_size + CODES
+    assert ids[: QUERIES + 2] == [begin, *(SIZES.vocab_size + np.array(codes)), begin + 1]
+    assert tokenizer.decode(ids[: QUERIES + 2]).replace(" ", "") == picture
+
+    prompt = [np.array(codes), "A photo of"]
+    # All tokens are allowed here and there, but for a picture's grammar: ask for words alone.
+    (text,) = SeedOPT.from_pretrained(model).generate(
+        [prompt], decoding=Decoding(max_new=8), pictures=False
+    )
+    bos = tokenizer.bos_token_id
+    prompt_ids = [
+        *ids[: QUERIES + 2],
+        bos,
+        *tokenizer("A photo of", add_special_tokens=False).input_ids,
+    ]
+    written = theirs.generate(
+        torch.tensor([prompt_ids]),
+        attention_mask=torch.ones(1, len(prompt_ids), dtype=torch.long),
+        max_new_tokens=8,
+        do_sample=False,
+        suppress_tokens=list(range(len(load_tokenizer(PACKAGED)), len(tokenizer))),
+    )[0, len(prompt_ids) :]
+    assert [tokenizer.decode(written, skip_special_tokens=True).strip()] == text
+
+
+def test_it_comes_back(model, tmp_path, capsys):
+    export.main(["--model", str(model), "--format", "hf", "--output", str(tmp_path / "hf")])
+    arguments = ["--source", "opt", "--weights", str(tmp_path / "hf")]
+    convert.main([*arguments, "--output", str(tmp_path / "back")])
+    assert "none missing" in capsys.readouterr().out
+    back = model_dir.load(tmp_path / "back", convert.OPT_KIND, OPTConfig, OPT, Compute())
+    ids = some_ids(back.config.vocab_size)
+    np.testing.assert_allclose(
+        back(ids, np.ones_like(ids)), merged(ours(model))(ids, np.ones_like(ids)), atol=1e-5
+    )
+    # And out once more, bit by bit.
+    opt_weights.save(back, tmp_path / "again", dtype=np.float32)
+    first, second = (opt_weights.read_tensors(tmp_path / name) for name in ("hf", "again"))
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        np.testing.assert_array_equal(np.asarray(tensor), np.asarray(second[name]), err_msg=name)
+
+
+def test_peft_adds_our_adapters(model, tmp_path):
+    export.main(["--model", str(model), "--format", "peft", "--output", str(tmp_path / "peft")])
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "peft/base")
+    theirs = PeftModel.from_pretrained(base, str(tmp_path / "peft")).eval()
+    check_logits(theirs, ours(model))
+
+    arguments = ["--source", "peft", "--weights", str(tmp_path / "peft")]
+    with pytest.raises(UserError, match="--base"):
+        convert.main([*arguments, "--output", str(tmp_path / "back")])
+    base_folder = str(tmp_path / "peft/base")
+    convert.main([*arguments, "--base", base_folder, "--output", str(tmp_path / "back")])
+    back = model_dir.load(tmp_path / "back", convert.OPT_KIND, OPTConfig, OPT, Compute())
+    assert back.config.lora == dataclasses.replace(SIZES.lora)
+    expected = nnx.to_flat_state(nnx.state(ours(model).opt, nnx.LoRAParam))
+    found = dict(nnx.to_flat_state(nnx.state(back, nnx.LoRAParam)))
+    assert len(expected) == len(found) == 6
+    for path, value in expected:
+        np.testing.assert_array_equal(found[path][...], value[...], err_msg=str(path))
+
+
+def test_what_is_refused(model, tmp_path):
+    tokenizer = str(model / "tokenizer")
+    with pytest.raises(UserError, match="seed_tokenizer model, not a seed_opt model"):
+        export.main(["--model", tokenizer, "--format", "hf", "--output", str(tmp_path / "hf")])
+    assert not (tmp_path / "hf").exists()
+    with pytest.raises(UserError, match=r"config\.json is missing"):
+        convert.main(
+            ["--source", "opt", "--weights", str(tmp_path), "--output", str(tmp_path / "back")]
+        )
