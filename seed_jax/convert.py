@@ -3,6 +3,8 @@
     python -m seed_jax.convert --source seed2 --weights seed_quantizer.pt --output DIR
     python -m seed_jax.convert --source seed1 --weights causal_qformer.pth seed_tokenizer.pth \
         --vit eva_vit_g.pth --output DIR
+    python -m seed_jax.convert --source blip2 --weights blip2_pretrained.pth \
+        --vit eva_vit_g.pth --output DIR
     python -m seed_jax.convert --source opt --weights OPT_DIR --output DIR
     python -m seed_jax.convert --source peft --weights ADAPTER_DIR --base OPT_DIR --output DIR
 
@@ -10,6 +12,9 @@ Reads one tensor at a time, and runs no code that a file may hold.
 """
 
 import argparse
+import dataclasses
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from flax import nnx
@@ -21,10 +26,16 @@ from seed_jax.data.text import load_tokenizer
 from seed_jax.interop import keys, opt_weights, state_dict, torch_io
 from seed_jax.interop.state_dict import Table
 from seed_jax.interop.torch_io import StoredTensor
-from seed_jax.models.tokenizer import SeedTokenizer
-from seed_jax.tasks.codebook import KIND
+from seed_jax.models.layers import Compute
+from seed_jax.models.tokenizer import (
+    CausalEncoder,
+    EncoderConfig,
+    SeedTokenizer,
+    TokenizerConfig,
+)
+from seed_jax.tasks import causal_qformer, codebook
 
-SOURCES = ("seed1", "seed2", "opt", "peft")
+SOURCES = ("seed1", "seed2", "blip2", "opt", "peft")
 OPT_KIND = "opt"
 # Either tells that a folder of transformers has a tokenizer.
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
@@ -41,7 +52,7 @@ def convert(args: argparse.Namespace) -> None:
     """
     cli.refuse_existing(args.output, overwrite=args.overwrite)
     used, ignored = (
-        _convert_tokenizer(args) if args.source in ("seed1", "seed2") else _convert_opt(args)
+        _convert_opt(args) if args.source in ("opt", "peft") else _convert_tokenizer(args)
     )
     print(f"{used} tensors used, {len(ignored)} ignored, none missing")
     for key in ignored:
@@ -50,7 +61,7 @@ def convert(args: argparse.Namespace) -> None:
 
 
 def _convert_tokenizer(args: argparse.Namespace) -> tuple[int, list[str]]:
-    """A SEED tokenizer in the original's layout; how many tensors were used, which were not."""
+    """A SEED tokenizer, or BLIP-2; how many tensors were used, and which were not."""
     words = load_tokenizer(args.text_tokenizer) if args.text_tokenizer else None
     weights = torch_io.read_weights(args.weights)
     ignored: list[str] = []
@@ -58,27 +69,49 @@ def _convert_tokenizer(args: argparse.Namespace) -> tuple[int, list[str]]:
         vit, ignored = _vit(args.vit)
         weights |= vit
     source = " + ".join(str(path) for path in [*args.weights, *([args.vit] if args.vit else [])])
-    config = keys.tokenizer_config(
-        weights,
-        vit_heads=args.vit_heads,
-        qformer_heads=args.qformer_heads,
-        decoder_heads=args.decoder_heads,
-        source=source,
-    )
-    table = keys.tokenizer_table(weights, config)
-    found = "seed2" if table.name == keys.SEED2 else "seed1"
-    if found != args.source:
-        raise UserError(f"{source} holds a {found} tokenizer; say --source {found}")
-    module = nnx.eval_shape(lambda: SeedTokenizer(config, rngs=nnx.Rngs(0)))
-    model = state_dict.load(weights, table, module, source=source)
+    heads = {"vit_heads": args.vit_heads, "qformer_heads": args.qformer_heads, "source": source}
+    config: EncoderConfig | TokenizerConfig
+    build: Callable[..., nnx.Module]
+    if args.source == "blip2":
+        config = _resized(keys.encoder_config(weights, **heads), args.image_size)
+        table = keys.causal_qformer(config)
+        kind, build = causal_qformer.KIND, partial(CausalEncoder, config)
+    else:
+        config = keys.tokenizer_config(weights, decoder_heads=args.decoder_heads, **heads)
+        encoder = _resized(config.encoder, args.image_size)
+        config = dataclasses.replace(config, encoder=encoder)
+        table = keys.tokenizer_table(weights, config)
+        found = "seed2" if table.name == keys.SEED2 else "seed1"
+        if found != args.source:
+            raise UserError(f"{source} holds a {found} tokenizer; say --source {found}")
+        kind, build = codebook.KIND, partial(SeedTokenizer, config)
+    ignored += [key for key in weights if state_dict.matches(key, table.ignored)]
     model_dir.save(
         args.output,
-        kind=KIND,
+        kind=kind,
         config=config,
-        module=model,
+        module=state_dict.load(
+            weights,
+            table,
+            nnx.eval_shape(lambda: build(compute=Compute(), rngs=nnx.Rngs(0))),
+            source=source,
+            resize_positions=args.image_size is not None,
+        ),
         add_files=lambda folder: _save_words(words, folder),
     )
     return _used(table), ignored
+
+
+def _resized(config: EncoderConfig, image_size: int | None) -> EncoderConfig:
+    """The config with a ViT that takes pictures of another size, if one is asked for."""
+    if image_size is None:
+        return config
+    if image_size % config.vit.patch_size:
+        raise UserError(
+            f"--image-size {image_size} is no multiple of the ViT's patches of "
+            f"{config.vit.patch_size} pixels"
+        )
+    return dataclasses.replace(config, vit=dataclasses.replace(config.vit, image_size=image_size))
 
 
 def _convert_opt(args: argparse.Namespace) -> tuple[int, list[str]]:
@@ -160,6 +193,12 @@ def main(argv: list[str] | None = None) -> None:
         metavar="DIR",
         help="of the text tower, a directory or hub name, for evaluating retrieval "
         "(bert-base-uncased in the original)",
+    )
+    parser.add_argument(
+        "--image-size",
+        type=inference.positive,
+        metavar="N",
+        help="bring the ViT's position embeddings to pictures of N pixels a side",
     )
     heads = parser.add_argument_group("numbers of heads, which weights don't tell")
     for part, count in (("vit", 16), ("qformer", 12), ("decoder", 12)):

@@ -7,9 +7,15 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
+from flax import nnx
+from ml_collections import ConfigDict
 
+from configs import tiny_causal_qformer
 from seed_jax import SeedTokenizer, convert, export, model_dir
 from seed_jax.cli import UserError
+from seed_jax.models.layers import Compute
+from seed_jax.models.tokenizer import CausalEncoder, TokenizerConfig
+from seed_jax.tasks.causal_qformer import CausalQFormer
 from tests.tiny import SIDE, save_tokenizer
 
 HEADS = ["--vit-heads", "2", "--qformer-heads", "2", "--decoder-heads", "2"]
@@ -66,6 +72,58 @@ def test_the_vit_can_come_from_a_file_of_its_own(exported, tmp_path, capsys):
     assert "ignored: head.weight" in told
     hashes = {model_dir.describe(m)["content_hash"] for m in (model, tmp_path / "back")}
     assert len(hashes) == 1
+
+
+def blip2_weights(exported) -> dict[str, np.ndarray]:
+    """Names that BLIP-2's file has, a few with no use here, and the ViT's."""
+    weights = safetensors.numpy.load_file(exported[1] / "seed_tokenizer.safetensors")
+    parts = ("visual_encoder.", "ln_vision.", "query_tokens", "Qformer.bert.")
+    weights = {key: value for key, value in weights.items() if key.startswith(parts)}
+    config = model_dir.load_config(exported[0], "seed_tokenizer", TokenizerConfig).encoder
+    empty = nnx.eval_shape(lambda: CausalEncoder(config, compute=Compute(), rngs=nnx.Rngs(0)))
+    rng = np.random.default_rng(0)
+    for name in ("vision_proj", "text_proj"):
+        dout, din = getattr(empty, name).kernel.shape[::-1]
+        weights[f"{name}.weight"] = rng.normal(size=(dout, din)).astype(np.float32)
+        weights[f"{name}.bias"] = rng.normal(size=dout).astype(np.float32)
+    return weights | {
+        "temp": np.array(0.05, np.float32),
+        "itm_head.weight": np.zeros((2, 16), np.float32),
+        "Qformer.cls.predictions.bias": np.zeros(11, np.float32),
+    }
+
+
+def test_blip2_is_what_stage_1_starts_from(exported, tmp_path, capsys):
+    weights = blip2_weights(exported)
+    safetensors.numpy.save_file(weights, tmp_path / "blip2.safetensors")
+    arguments = ["--source", "blip2", "--weights", str(tmp_path / "blip2.safetensors"), *HEADS]
+    convert.main([*arguments, "--output", str(tmp_path / "model")])
+    told = capsys.readouterr().out
+    assert "2 ignored" in told
+    assert "ignored: itm_head.weight" in told
+
+    config = tiny_causal_qformer.get_config().unlock()
+    config.init, config.tokenizer = str(tmp_path / "model"), str(exported[0] / "text_tokenizer")
+    sizes = model_dir.describe(tmp_path / "model")["config"]
+    config.model = ConfigDict(sizes)
+    task = CausalQFormer(config.lock())
+    model = task.build(rngs=nnx.Rngs(1))
+    task.prepare(model, iter(()))
+    assert float(model.temperature[...]) == pytest.approx(0.05)
+    np.testing.assert_array_equal(model.text_proj.kernel[...].T, weights["text_proj.weight"])
+    np.testing.assert_array_equal(model.qformer.query_tokens[...], weights["query_tokens"][0])
+
+
+def test_a_vit_for_larger_pictures(exported, tmp_path):
+    _, folder = exported
+    arguments = ["--source", "seed1", "--weights", str(folder / "seed_tokenizer.safetensors")]
+    arguments += ["--output", str(tmp_path / "larger"), *HEADS, "--image-size"]
+    with pytest.raises(UserError, match="no multiple of the ViT's patches"):
+        convert.main([*arguments, str(2 * SIDE - 1)])
+    convert.main([*arguments, str(2 * SIDE)])
+    tokenizer = SeedTokenizer.from_pretrained(tmp_path / "larger")
+    codes = tokenizer.encode(jnp.zeros((1, 2 * SIDE, 2 * SIDE, 3), jnp.uint8))
+    assert codes.shape == (1, tokenizer.config.encoder.qformer.queries)
 
 
 def test_mistakes_cost_one_line_and_nothing_written(exported, tmp_path):

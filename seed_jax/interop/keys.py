@@ -46,9 +46,13 @@ def eva_vit(config: ViTConfig, *, prefix: str = "") -> Table:
 
 
 def causal_qformer(config: EncoderConfig) -> Table:
-    """Stage 1's training class, ViT included; its captioning head has no use here."""
+    """Stage 1's training class and BLIP-2's, ViT included.
+
+    What captions and what matches pictures with text in them (BLIP-2's alone) has no use here.
+    """
     rows, constants = _encoder(config, "")
-    return Table("stage1_qformer_casual", tuple(rows), constants, ignored=("Qformer.cls.*",))
+    ignored = ("Qformer.cls.*", "itm_head.*")
+    return Table("stage1_qformer_casual", tuple(rows), constants, ignored=ignored)
 
 
 def seed1_tokenizer(config: TokenizerConfig) -> Table:
