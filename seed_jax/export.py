@@ -2,16 +2,20 @@
 
     python -m seed_jax.export --model DIR --format FORMAT --output OUTPUT
 
-seed   OUTPUT/seed_tokenizer.safetensors, a tokenizer's state dict under the original's keys, and on
-       request OUTPUT/seed_tokenizer.pt, the same by `torch.save`
-hf     an `OPTForCausalLM` whose vocabulary has the codes, with its tokenizer, for transformers
-peft   the adapters alone, for PEFT, and in OUTPUT/base the `OPTForCausalLM` that they belong to
+seed       OUTPUT/seed_tokenizer.safetensors, a tokenizer's state dict under the original's keys,
+           and on request OUTPUT/seed_tokenizer.pt, the same by `torch.save`
+diffusers  a tokenizer's way from codes to generation embeddings, the Stable Diffusion that draws
+           from them, and a PyTorch script that does so without seed_jax
+hf         an `OPTForCausalLM` whose vocabulary has the codes, with its tokenizer, for transformers
+peft       a language model's adapters, for PEFT, and in OUTPUT/base the `OPTForCausalLM` that they
+           belong to
 
 Each with a README.md that says what it is.
 """
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +23,16 @@ import safetensors.numpy
 from flax import nnx
 
 from seed_jax import cli, model_dir, seed_opt
-from seed_jax.interop import keys, seed_opt_folders, state_dict, torch_io
+from seed_jax.cli import UserError
+from seed_jax.interop import diffusers_folder, keys, seed_opt_folders, state_dict, torch_io
+from seed_jax.models import teacher
+from seed_jax.models.layers import Compute
 from seed_jax.models.tokenizer import SeedTokenizer
 from seed_jax.tasks.codebook import KIND
 
 STEM = "seed_tokenizer"
-FORMATS = ("seed", "hf", "peft")
+FORMATS = ("seed", "hf", "peft", "diffusers")
+DRAWING_SCRIPT = Path(__file__).parent / "assets" / "draw_from_codes.py"
 CARD = """# {title}
 
 {text}
@@ -53,6 +61,13 @@ PEFT_TEXT = """LoRA adapters that let OPT read and write pictures. Its `base` ha
 
     base = transformers.AutoModelForCausalLM.from_pretrained("THIS/base")
     model = peft.PeftModel.from_pretrained(base, "THIS")"""
+
+DIFFUSERS_TEXT = """Pictures from SEED's visual codes, in PyTorch. `generation.safetensors` makes of
+{codes} codes the {queries} embeddings that `stable_diffusion`, in diffusers' layout, draws from.
+
+    python draw_from_codes.py codes.jsonl pictures/
+
+`seed_jax.tokenize` writes codes.jsonl. The tensors have the names of the original's state dict."""
 
 
 def export_seed(model: Path, folder: Path, *, torch_file: bool) -> str:
@@ -99,6 +114,50 @@ def export_peft(model: Path, folder: Path) -> str:
     return f"adapters, and in {seed_opt_folders.BASE} the OPTForCausalLM that they belong to"
 
 
+def export_diffusers(model: Path, folder: Path, *, diffusion: str) -> str:
+    """Writes what draws from a tokenizer's codes, for diffusers; returns what to tell of it.
+
+    Args:
+      diffusion: directory of the Stable Diffusion to go with it; '' for the packaged one.
+
+    Raises:
+      UserError: no such model or directory, or the two don't fit one another.
+    """
+    description = model_dir.describe_kind(model, KIND)
+    tokenizer = SeedTokenizer.from_pretrained(model)
+    config = tokenizer.config
+    if config.generation.one_vector:
+        raise UserError(
+            f"{model} makes one image embedding of the codes, which no text U-Net reads"
+        )
+    if diffusion and not Path(diffusion).is_dir():
+        raise UserError(f"--diffusion {diffusion}: no such directory; download the model first")
+    unet = diffusers_folder.read_unet(diffusion, compute=Compute())
+    if (width := unet.config.cross_attention_dim) != config.generation.output_dim:
+        raise UserError(
+            f"{model} makes generation embeddings {config.generation.output_dim} wide, but "
+            f"{diffusion or 'the packaged Stable Diffusion'} draws from {width}"
+        )
+    named = state_dict.to_torch(nnx.state(tokenizer, nnx.Param), keys.seed1_tokenizer(config))
+    tensors = {key: named[key] for key in named if key.startswith(keys.GENERATION)}
+    safetensors.numpy.save_file(tensors, folder / "generation.safetensors")
+    sizes = {
+        "decoder_depth": config.decoder_depth,
+        "decoder_heads": config.decoder_heads,
+        "reverse_depth": config.generation.depth,
+        "reverse_heads": config.reverse_qformer.heads,
+        "cross_attention_every": config.reverse_qformer.cross_attention_every,
+    }
+    (folder / "generation.json").write_text(json.dumps(sizes, indent=2) + "\n")
+    shutil.copytree(diffusion or teacher.PACKAGED, folder / "stable_diffusion")
+    shutil.copy(DRAWING_SCRIPT, folder)
+    text = DIFFUSERS_TEXT.format(
+        codes=config.encoder.qformer.queries, queries=config.generation.queries
+    )
+    _write_card(folder, "From SEED's codes to pictures", text, description)
+    return f"{len(tensors)} tensors, a Stable Diffusion, and {DRAWING_SCRIPT.name}"
+
+
 def _write_card(folder: Path, title: str, text: str, description: dict[str, Any]) -> None:
     sizes = json.dumps(description["config"], indent=2)
     card = CARD.format(title=title, text=text, hash=description["content_hash"], sizes=sizes)
@@ -115,7 +174,7 @@ def main(argv: list[str] | None = None) -> None:
         required=True,
         type=Path,
         metavar="DIR",
-        help="model directory: of stage 2 for seed, of stage 3 for hf and peft",
+        help="model directory: of stage 2 for seed and diffusers, of stage 3 for hf and peft",
     )
     parser.add_argument("--format", required=True, choices=FORMATS, help="whose layout")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="a new folder")
@@ -125,11 +184,19 @@ def main(argv: list[str] | None = None) -> None:
         action="store_true",
         help=f"with seed, write {STEM}.pt too, which takes torch to do",
     )
+    parser.add_argument(
+        "--diffusion",
+        default="",
+        metavar="DIR",
+        help="with diffusers, the Stable Diffusion 1.x to draw by (default: the packaged one)",
+    )
     args = parser.parse_args(argv)
     cli.refuse_existing(args.output, overwrite=args.overwrite)
     with model_dir.replaced_when_whole(args.output) as folder:
         if args.format == "seed":
             told = export_seed(args.model, folder, torch_file=args.pt)
+        elif args.format == "diffusers":
+            told = export_diffusers(args.model, folder, diffusion=args.diffusion)
         else:
             told = {"hf": export_hf, "peft": export_peft}[args.format](args.model, folder)
     print(f"written to {args.output}: {told}")

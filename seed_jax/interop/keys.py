@@ -37,6 +37,16 @@ from seed_jax.models.vit import ViTConfig
 
 Rows = list[Row]
 VIT = "visual_encoder."  # prefix of the ViT in a larger model's state dict
+# Beginnings of the names of what makes generation embeddings of codes, in SEED's tokenizer.
+GENERATION = (
+    "quantize.",
+    "decode_task_layer.",
+    "pos_embed_text",
+    "blocks_text.",
+    "reverse_tokens",
+    "Reverse_Qformer.",
+    "distill_text_proj.",
+)
 SEED1, SEED2 = "seed1_tokenizer", "seed2_quantizer"
 
 

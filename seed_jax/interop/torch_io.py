@@ -1,6 +1,6 @@
 """Reads files of PyTorch weights, one tensor at a time, and writes them.
 
-The only place that imports torch.
+The only module of the package that imports torch.
 """
 
 import dataclasses

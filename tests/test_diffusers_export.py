@@ -1,0 +1,81 @@
+"""What draws from codes, out to diffusers, and run there without seed_jax."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+from seed_jax import SeedTokenizer, export, model_dir
+from seed_jax.cli import UserError
+from seed_jax.models.tokenizer import GenerationConfig
+from tests.tiny import CODES, QUERIES, TOKENIZER, save_tokenizer
+
+# Layers with and without cross-attention, and the packaged Stable Diffusion's text states.
+SIZES = dataclasses.replace(
+    TOKENIZER,
+    decoder_depth=2,
+    generation=GenerationConfig(queries=77, depth=3, output_dim=128),
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    tokenizer = SeedTokenizer(SIZES, rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+    state = nnx.state(tokenizer, nnx.Param)
+    noise = jax.tree.map(lambda a: rng.normal(size=a.shape, scale=0.3).astype(np.float32), state)
+    nnx.update(tokenizer, noise)
+    path = tmp_path_factory.mktemp("tokenizer") / "model"
+    model_dir.save(path, kind="seed_tokenizer", config=SIZES, module=tokenizer)
+    return path
+
+
+# Run in a process of its own.
+EMBED = """
+import json, sys, torch
+from draw_from_codes import GenerationEmbeddings
+assert not any(name.startswith("seed_jax") for name in sys.modules)
+codes = torch.tensor(json.loads(sys.argv[1]))
+print(json.dumps(GenerationEmbeddings()(codes).tolist()))
+"""
+
+
+def test_pytorch_embeds_and_draws_what_we_do(model, tmp_path):
+    folder = tmp_path / "pt"
+    export.main(["--model", str(model), "--format", "diffusers", "--output", str(folder)])
+    codes = np.random.default_rng(1).integers(0, CODES, (2, QUERIES))
+    ours = np.asarray(SeedTokenizer.from_pretrained(model).embed(codes))
+
+    def run(*arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, *arguments], cwd=folder, capture_output=True, text=True, check=True
+        )
+        return done.stdout
+
+    theirs = np.array(json.loads(run("-c", EMBED, json.dumps(codes.tolist()))))
+    np.testing.assert_allclose(theirs, ours, rtol=0, atol=1e-4 * np.abs(ours).max())
+
+    lines = [{"image": f"{i}.png", "codes": row} for i, row in enumerate(codes.tolist())]
+    (tmp_path / "codes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run("draw_from_codes.py", str(tmp_path / "codes.jsonl"), "drawn", "--steps", "2")
+    drawn = [np.asarray(Image.open(folder / "drawn" / f"{i}.png")) for i in range(2)]
+    assert drawn[0].shape == drawn[1].shape == (64, 64, 3)
+    assert drawn[0].std() > 5
+
+
+def test_widths_must_fit(tmp_path):
+    other = save_tokenizer(tmp_path / "other")
+    arguments = ["--format", "diffusers", "--output", str(tmp_path / "pt")]
+    with pytest.raises(
+        UserError, match="12 wide, but the packaged Stable Diffusion draws from 128"
+    ):
+        export.main(["--model", str(other), *arguments])
+    with pytest.raises(UserError, match="nowhere: no such directory"):
+        export.main(["--model", str(other), *arguments, "--diffusion", "nowhere"])
+    assert not (tmp_path / "pt").exists()
