@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from tqdm import tqdm
 
 from seed_jax.cli import UserError
 from seed_jax.model_dir import flat_params, unflatten_params
@@ -165,7 +166,8 @@ def load_state(
     flat = flat_params(params)
     check(weights, table, params, source=source, resize_positions=resize_positions)
     loaded: dict[str, jax.Array] = {}
-    for row in table.rows:
+    # Only where it takes long, on a terminal.
+    for row in tqdm(table.rows, desc=source, delay=1, leave=False, disable=None):
         arrays = {path: _aligned(flat[path].shape, flat[path].dtype) for path in row.ours}
         for layer, key in enumerate(row.torch_keys()):
             tensor = np.asarray(weights[key])
