@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole of the tokenizer on the pictures that come with the package: trains both stages, turns the
-# held-out pictures into codes, evaluates, draws. Ten minutes on two CPU cores.
+# held-out pictures into codes, evaluates, draws. Eight minutes on two quiet CPU cores.
 #
 #     bash launch/quickstart.sh [OUT]      results go to OUT (default: out)
 #

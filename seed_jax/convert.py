@@ -13,7 +13,7 @@ Reads one tensor at a time, and runs no code that a file may hold.
 
 import argparse
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -85,7 +85,7 @@ def _convert_tokenizer(args: argparse.Namespace) -> tuple[int, list[str]]:
         if found != args.source:
             raise UserError(f"{source} holds a {found} tokenizer; say --source {found}")
         kind, build = codebook.KIND, partial(SeedTokenizer, config)
-    ignored += [key for key in weights if state_dict.matches(key, table.ignored)]
+    ignored += _ignored(weights, table)
     model_dir.save(
         args.output,
         kind=kind,
@@ -122,17 +122,17 @@ def _convert_opt(args: argparse.Namespace) -> tuple[int, list[str]]:
     if args.source == "peft" and args.base is None:
         raise UserError("--source peft needs the folder of the OPT under the adapters as --base")
     base = args.base if args.source == "peft" else folder
-    model = opt_weights.load(base)
-    table = opt_weights.opt(model.config)
-    used = _used(table)
-    ignored = [k for k in opt_weights.read_tensors(base) if state_dict.matches(k, table.ignored)]
+    table = opt_weights.opt(opt_weights.read_config(base))
+    has_words = any((base / name).is_file() for name in TOKENIZER_FILES)
+    words = load_tokenizer(base) if has_words else None
+    tensors = opt_weights.read_tensors(base)
+    model = opt_weights.load(base, tensors=tensors)
+    used, ignored = _used(table), _ignored(tensors, table)
     if args.source == "peft":
         lora = opt_weights.read_peft_config(folder)
         adapters = torch_io.read_weights(folder / opt_weights.PEFT_FILE)
         model = opt_weights.with_adapters(model, adapters, lora)
         used += len(adapters)
-    has_words = any((base / name).is_file() for name in TOKENIZER_FILES)
-    words = load_tokenizer(base) if has_words else None
     model_dir.save(
         args.output,
         kind=OPT_KIND,
@@ -141,6 +141,10 @@ def _convert_opt(args: argparse.Namespace) -> tuple[int, list[str]]:
         add_files=lambda folder: _save_words(words, folder),
     )
     return used, ignored
+
+
+def _ignored(weights: Iterable[str], table: Table) -> list[str]:
+    return [key for key in weights if state_dict.matches(key, table.ignored)]
 
 
 def _used(table: Table) -> int:

@@ -6,6 +6,7 @@ unconditional one, then its own), S text states, D their width.
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -22,10 +23,30 @@ from seed_jax.models import teacher
 from seed_jax.models.layers import Array, Compute
 from seed_jax.models.stable_diffusion import Autoencoder, UNet
 from seed_jax.models.teacher import TextTeacher
+from seed_jax.models.tokenizer import GenerationConfig
 from seed_jax.samplers import SAMPLERS, Schedule
 
 Sampler = Literal["ddim", "pndm", "dpm"]
 GUIDANCE_SCALE = 7.5  # what Stable Diffusion 1.x is usually drawn with
+
+
+def refuse_one_vector(generation: GenerationConfig, name: str | Path) -> None:
+    """Raises a UserError if the tokenizer called `name` makes no text states."""
+    if generation.one_vector:
+        raise UserError(
+            f"{name} makes one image embedding of the codes, for unCLIP; Stable Diffusion 1.x "
+            "draws from text states"
+        )
+
+
+def check_width(generation: GenerationConfig, name: str | Path, width: int, diffusion: str) -> None:
+    """Raises a UserError if the U-Net of `diffusion` reads states of another width."""
+    if generation.output_dim != width:
+        raise UserError(
+            f"{name} makes generation embeddings {generation.output_dim} wide, but {diffusion} "
+            f"draws from {width}; name as --diffusion the one whose text encoder was "
+            "config.teacher of its stage 2"
+        )
 
 
 def sample(

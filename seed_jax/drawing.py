@@ -8,8 +8,13 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from seed_jax import inference
-from seed_jax.cli import UserError
-from seed_jax.diffusion import GUIDANCE_SCALE, Sampler, StableDiffusion
+from seed_jax.diffusion import (
+    GUIDANCE_SCALE,
+    Sampler,
+    StableDiffusion,
+    check_width,
+    refuse_one_vector,
+)
 from seed_jax.models.layers import Compute
 from seed_jax.models.tokenizer import SeedTokenizer
 from seed_jax.samplers import SAMPLERS
@@ -89,19 +94,10 @@ def open_diffusion(
       UserError: see `StableDiffusion.from_pretrained`; or the two do not fit one another.
     """
     generation = tokenizer.config.generation
-    if generation.one_vector:
-        raise UserError(
-            f"{name} makes one image embedding of the codes, for unCLIP; Stable Diffusion 1.x "
-            "draws from text states"
-        )
+    refuse_one_vector(generation, name)
     compute = Compute(PRECISIONS[args.precision])
     diffusion = StableDiffusion.from_pretrained(args.diffusion, compute=compute)
-    if generation.output_dim != diffusion.width:
-        raise UserError(
-            f"{name} makes generation embeddings {generation.output_dim} wide, but "
-            f"{diffusion.name} draws from {diffusion.width}; name as --diffusion the one whose "
-            "text encoder was config.teacher of its stage 2"
-        )
+    check_width(generation, name, diffusion.width, diffusion.name)
     return diffusion
 
 

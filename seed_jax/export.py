@@ -24,14 +24,14 @@ from flax import nnx
 
 from seed_jax import cli, model_dir, seed_opt
 from seed_jax.cli import UserError
+from seed_jax.diffusion import check_width, refuse_one_vector
 from seed_jax.interop import diffusers_folder, keys, seed_opt_folders, state_dict, torch_io
 from seed_jax.models import teacher
 from seed_jax.models.layers import Compute
 from seed_jax.models.tokenizer import SeedTokenizer
-from seed_jax.tasks.codebook import KIND
+from seed_jax.tasks import codebook
 
 STEM = "seed_tokenizer"
-FORMATS = ("seed", "hf", "peft", "diffusers")
 DRAWING_SCRIPT = Path(__file__).parent / "assets" / "draw_from_codes.py"
 CARD = """# {title}
 
@@ -70,74 +70,66 @@ DIFFUSERS_TEXT = """Pictures from SEED's visual codes, in PyTorch. `generation.s
 `seed_jax.tokenize` writes codes.jsonl. The tensors have the names of the original's state dict."""
 
 
-def export_seed(model: Path, folder: Path, *, torch_file: bool) -> str:
+def export_seed(args: argparse.Namespace, folder: Path) -> str:
     """Writes a tokenizer's state dict in the original's layout; returns what to tell of it.
 
     Raises:
       UserError: no such model, or torch is wanted and not installed.
     """
-    description = model_dir.describe_kind(model, KIND)
-    tokenizer = SeedTokenizer.from_pretrained(model)
+    description = model_dir.describe_kind(args.model, codebook.KIND)
+    tokenizer = SeedTokenizer.from_pretrained(args.model)
     config = tokenizer.config
     make_table = keys.seed2_tokenizer if config.generation.one_vector else keys.seed1_tokenizer
     table = make_table(config)
     tensors = state_dict.to_torch(nnx.state(tokenizer, nnx.Param), table)
     safetensors.numpy.save_file(tensors, folder / f"{STEM}.safetensors")
-    if torch_file:
+    if args.pt:
         torch_io.write_torch(tensors, folder / f"{STEM}.pt")
     _write_card(folder, "A SEED image tokenizer", SEED_TEXT.format(table=table.name), description)
     return f"{len(tensors)} tensors under the keys of {table.name}"
 
 
-def export_hf(model: Path, folder: Path) -> str:
+def export_hf(args: argparse.Namespace, folder: Path) -> str:
     """Writes a language model for transformers; returns what to tell of it.
 
     Raises:
       UserError: no such model.
     """
-    description = model_dir.describe_kind(model, seed_opt.KIND)
-    seed_opt_folders.save_merged(model, folder)
+    description = model_dir.describe_kind(args.model, seed_opt.KIND)
+    seed_opt_folders.save_merged(args.model, folder)
     text = HF_TEXT.format(**description["config"], tokenizer_hash=description["tokenizer_hash"])
     _write_card(folder, "A SEED-OPT language model", text, description)
     return "an OPTForCausalLM with its tokenizer"
 
 
-def export_peft(model: Path, folder: Path) -> str:
+def export_peft(args: argparse.Namespace, folder: Path) -> str:
     """Writes a language model's adapters for PEFT; returns what to tell of it.
 
     Raises:
       UserError: no such model, or it has no adapters.
     """
-    description = model_dir.describe_kind(model, seed_opt.KIND)
-    seed_opt_folders.save_adapters(model, folder)
+    description = model_dir.describe_kind(args.model, seed_opt.KIND)
+    seed_opt_folders.save_adapters(args.model, folder)
     _write_card(folder, "Adapters of a SEED-OPT language model", PEFT_TEXT, description)
     return f"adapters, and in {seed_opt_folders.BASE} the OPTForCausalLM that they belong to"
 
 
-def export_diffusers(model: Path, folder: Path, *, diffusion: str) -> str:
+def export_diffusers(args: argparse.Namespace, folder: Path) -> str:
     """Writes what draws from a tokenizer's codes, for diffusers; returns what to tell of it.
-
-    Args:
-      diffusion: directory of the Stable Diffusion to go with it; '' for the packaged one.
 
     Raises:
       UserError: no such model or directory, or the two don't fit one another.
     """
-    description = model_dir.describe_kind(model, KIND)
+    model, diffusion = args.model, args.diffusion
+    description = model_dir.describe_kind(model, codebook.KIND)
     tokenizer = SeedTokenizer.from_pretrained(model)
     config = tokenizer.config
-    if config.generation.one_vector:
-        raise UserError(
-            f"{model} makes one image embedding of the codes, which no text U-Net reads"
-        )
+    refuse_one_vector(config.generation, model)
     if diffusion and not Path(diffusion).is_dir():
         raise UserError(f"--diffusion {diffusion}: no such directory; download the model first")
     unet = diffusers_folder.read_unet(diffusion, compute=Compute())
-    if (width := unet.config.cross_attention_dim) != config.generation.output_dim:
-        raise UserError(
-            f"{model} makes generation embeddings {config.generation.output_dim} wide, but "
-            f"{diffusion or 'the packaged Stable Diffusion'} draws from {width}"
-        )
+    drawer = diffusion or "the packaged Stable Diffusion"
+    check_width(config.generation, model, unet.config.cross_attention_dim, drawer)
     named = state_dict.to_torch(nnx.state(tokenizer, nnx.Param), keys.seed1_tokenizer(config))
     tensors = {key: named[key] for key in named if key.startswith(keys.GENERATION)}
     safetensors.numpy.save_file(tensors, folder / "generation.safetensors")
@@ -164,6 +156,14 @@ def _write_card(folder: Path, title: str, text: str, description: dict[str, Any]
     (folder / "README.md").write_text(card)
 
 
+EXPORTERS = {
+    "seed": export_seed,
+    "hf": export_hf,
+    "peft": export_peft,
+    "diffusers": export_diffusers,
+}
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m seed_jax.export",
@@ -176,7 +176,7 @@ def main(argv: list[str] | None = None) -> None:
         metavar="DIR",
         help="model directory: of stage 2 for seed and diffusers, of stage 3 for hf and peft",
     )
-    parser.add_argument("--format", required=True, choices=FORMATS, help="whose layout")
+    parser.add_argument("--format", required=True, choices=EXPORTERS, help="whose layout")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="a new folder")
     parser.add_argument("--overwrite", action="store_true", help="replace what is in --output")
     parser.add_argument(
@@ -193,12 +193,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     cli.refuse_existing(args.output, overwrite=args.overwrite)
     with model_dir.replaced_when_whole(args.output) as folder:
-        if args.format == "seed":
-            told = export_seed(args.model, folder, torch_file=args.pt)
-        elif args.format == "diffusers":
-            told = export_diffusers(args.model, folder, diffusion=args.diffusion)
-        else:
-            told = {"hf": export_hf, "peft": export_peft}[args.format](args.model, folder)
+        told = EXPORTERS[args.format](args, folder)
     print(f"written to {args.output}: {told}")
 
 

@@ -76,11 +76,8 @@ class SeedOPT:
                 f"{found[:16]}, not {description['tokenizer_hash'][:16]}); its codes mean other "
                 "things"
             )
-        model = model_dir.load(
-            path, KIND, VisualOPTConfig, VisualOPT, compute, stored=compute.dtype
-        )
         return cls(
-            merged(model),
+            merged(load_language_model(path, compute=compute)),
             Words(load_tokenizer(Path(path) / "text_tokenizer")),
             SeedTokenizer.from_pretrained(folder),
         )
@@ -279,6 +276,18 @@ class SeedOPT:
                 parts.append(text)
             ids = ids[end:]
         return parts
+
+
+def load_language_model(path: str | Path, *, compute: Compute = Compute()) -> VisualOPT:
+    """The language model of a directory alone, its adapters beside their layers.
+
+    Args:
+      compute: its type is also what the weights are stored in.
+
+    Raises:
+      UserError: see `model_dir.load`.
+    """
+    return model_dir.load(path, KIND, VisualOPTConfig, VisualOPT, compute, stored=compute.dtype)
 
 
 def merged(model: VisualOPT) -> VisualOPT:

@@ -5,7 +5,6 @@ import json
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -14,6 +13,7 @@ from PIL import Image
 from seed_jax import SeedTokenizer, export, model_dir
 from seed_jax.cli import UserError
 from seed_jax.models.tokenizer import GenerationConfig
+from tests.random_weights import random_weights
 from tests.tiny import CODES, QUERIES, TOKENIZER, save_tokenizer
 
 # Layers with and without cross-attention, and the packaged Stable Diffusion's text states.
@@ -26,11 +26,7 @@ SIZES = dataclasses.replace(
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    tokenizer = SeedTokenizer(SIZES, rngs=nnx.Rngs(0))
-    rng = np.random.default_rng(0)
-    state = nnx.state(tokenizer, nnx.Param)
-    noise = jax.tree.map(lambda a: rng.normal(size=a.shape, scale=0.3).astype(np.float32), state)
-    nnx.update(tokenizer, noise)
+    tokenizer = random_weights(lambda: SeedTokenizer(SIZES, rngs=nnx.Rngs(0)))
     path = tmp_path_factory.mktemp("tokenizer") / "model"
     model_dir.save(path, kind="seed_tokenizer", config=SIZES, module=tokenizer)
     return path

@@ -15,6 +15,7 @@ from seed_jax.cli import UserError
 from seed_jax.interop import diffusers_folder, diffusers_weights, state_dict
 from seed_jax.models.layers import Compute
 from seed_jax.models.stable_diffusion import Autoencoder, AutoencoderConfig, UNet, UNetConfig
+from tests.random_weights import random_weights
 
 UNET = UNetConfig(
     sample_size=6,
@@ -33,17 +34,9 @@ MODELS = {"unet": (UNet, UNET), "vae": (Autoencoder, VAE)}
 
 
 def random_model(part, **sizes):
-    """Weights by NumPy, since initialisers take long to compile; none at a value that hides it."""
     build, config = MODELS[part]
     config = dataclasses.replace(config, **sizes)
-    rng = np.random.default_rng(0)
-    module = nnx.eval_shape(lambda: build(config, compute=Compute(), rngs=nnx.Rngs(0)))
-    graphdef, state = nnx.split(module)
-    weights = {
-        name: jnp.asarray(rng.normal(name.endswith("scale"), 0.2, a.shape), a.dtype)
-        for name, a in model_dir.flat_params(state).items()
-    }
-    return nnx.merge(graphdef, model_dir.unflatten_params(state, weights))
+    return random_weights(lambda: build(config, compute=Compute(), rngs=nnx.Rngs(0)))
 
 
 def load(part, file, compute=Compute()):  # a frozen dataclass

@@ -3,7 +3,6 @@
 import dataclasses
 import shutil
 
-import jax
 import numpy as np
 import pytest
 import torch
@@ -23,6 +22,7 @@ from seed_jax.models.opt import OPT, OPTConfig
 from seed_jax.models.visual_opt import VisualOPT, VisualOPTConfig
 from seed_jax.seed_opt import KIND, merged
 from seed_jax.tasks.language_model import PACKAGED
+from tests.random_weights import random_weights
 from tests.tiny import CODES, QUERIES, save_tokenizer
 
 SIZES = OPTConfig(
@@ -39,11 +39,7 @@ SIZES = OPTConfig(
 
 def save_seed_opt(folder, config: VisualOPTConfig):
     """A language model with random weights, adapters included, as stage 3 leaves it."""
-    model = VisualOPT(config, rngs=nnx.Rngs(0))
-    rng = np.random.default_rng(0)
-    state = nnx.state(model, nnx.Param)
-    noise = jax.tree.map(lambda a: rng.normal(size=a.shape, scale=0.2).astype(np.float32), state)
-    nnx.update(model, noise)
+    model = random_weights(lambda: VisualOPT(config, rngs=nnx.Rngs(0)))
     tokenizer = save_tokenizer(folder / "tokenizer")
 
     def add_files(partial):

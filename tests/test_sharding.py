@@ -16,6 +16,7 @@ from tests.test_train import small
 
 MESHES = [
     ({"data": 1}, 1),
+    ({"data": 8}, 8),
     ({"data": 2, "fsdp": 4}, 8),
     ({"data": 2, "fsdp": 2, "tensor": 2}, 8),
 ]

@@ -147,10 +147,18 @@ def read_tensors(folder: str | Path) -> dict[str, StoredTensor]:
     }
 
 
-def load(folder: str | Path, *, compute: Compute = Compute()) -> OPT:
+def load(
+    folder: str | Path,
+    *,
+    compute: Compute = Compute(),
+    tensors: Mapping[str, ArrayLike] | None = None,
+) -> OPT:
     """The OPT of a transformers folder, stored in the compute type.
 
     At its peak, memory holds the model and one tensor.
+
+    Args:
+      tensors: what `read_tensors` found there, if that is known already.
 
     Raises:
       UserError: see `read_config` and `read_tensors`; or a weight is missing or of another shape.
@@ -159,9 +167,8 @@ def load(folder: str | Path, *, compute: Compute = Compute()) -> OPT:
     abstract = nnx.eval_shape(lambda: OPT(config, compute=compute, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(abstract)
     state = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, compute.dtype), state)
-    return state_dict.load(
-        read_tensors(folder), opt(config), nnx.merge(graphdef, state), source=str(folder)
-    )
+    tensors = read_tensors(folder) if tensors is None else tensors
+    return state_dict.load(tensors, opt(config), nnx.merge(graphdef, state), source=str(folder))
 
 
 def save(model: OPT, folder: Path, *, dtype: Any = np.float16, **facts: Any) -> None:

@@ -7,18 +7,15 @@ and output rows of codes lie behind the words', the projection of codebook vecto
 import json
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from tokenizers import AddedToken
 
-from seed_jax import model_dir
 from seed_jax.cli import UserError
 from seed_jax.data.text import load_tokenizer
 from seed_jax.interop import opt_weights
-from seed_jax.models.layers import Compute
-from seed_jax.models.visual_opt import VisualOPT, VisualOPTConfig, as_opt
-from seed_jax.seed_opt import KIND, merged
+from seed_jax.models.visual_opt import VisualOPT, as_opt
+from seed_jax.seed_opt import load_language_model, merged
 
 BASE = "base"  # the folder beside adapters that holds what they belong to
 BEGIN, END = "[IMG]", "[/IMG]"
@@ -28,15 +25,6 @@ def code_token(code: int) -> str:
     return f"<img_{code:05d}>"
 
 
-def load(path: str | Path) -> VisualOPT:
-    """The language model of stage 3's model directory, float32, adapters beside their layers.
-
-    Raises:
-      UserError: see `model_dir.load`.
-    """
-    return model_dir.load(path, KIND, VisualOPTConfig, VisualOPT, Compute(), stored=jnp.float32)
-
-
 def save_merged(path: Path, folder: Path) -> None:
     """Writes an `OPTForCausalLM` with its tokenizer, adapters merged in, float32.
 
@@ -44,18 +32,18 @@ def save_merged(path: Path, folder: Path) -> None:
       path: model directory of stage 3.
 
     Raises:
-      UserError: see `load`.
+      UserError: see `load_language_model`.
     """
-    _save(merged(load(path)), path, folder)
+    _save(merged(load_language_model(path)), path, folder)
 
 
 def save_adapters(path: Path, folder: Path) -> None:
     """Writes the adapters for PEFT, and in `BASE` the model that they belong to.
 
     Raises:
-      UserError: see `load`; or the model has no adapters.
+      UserError: see `load_language_model`; or the model has no adapters.
     """
-    model = load(path)
+    model = load_language_model(path)
     if not model.config.opt.lora.rank:
         raise UserError(f"{path} has no adapters; export it with --format hf")
     adapters = nnx.state(model.opt, nnx.LoRAParam)

@@ -7,7 +7,7 @@ mesh axes. A stacked parameter has the layer dim in front of the dims that `axes
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar
 
 import jax
@@ -222,6 +222,12 @@ def apply_blocks(
         return x_BTD, x_BTD if outputs else None
 
     return scan(body, x_BTD, blocks, compute=compute)
+
+
+def take_weights(module: nnx.Module, weights: Mapping[tuple, Array]) -> None:
+    """Gives every parameter of a module, abstract or not, the array of its path in `weights`."""
+    params = nnx.to_flat_state(nnx.state(module, nnx.Param))
+    nnx.update(module, nnx.from_flat_state((p, v.replace(weights[p])) for p, v in params))
 
 
 def hold_linen(params: Any) -> nnx.Dict:

@@ -106,11 +106,5 @@ def merge(source: nnx.Module, target: nnx.Module) -> None:
         for path, module in nnx.iter_modules(source)
         if isinstance(module, LoRALinear)
     }
-    weights = dict(nnx.to_flat_state(nnx.state(source, nnx.Param)))
-    nnx.update(
-        target,
-        nnx.from_flat_state(
-            (path, value.replace(merged.get(path, weights[path].get_value())))
-            for path, value in nnx.to_flat_state(nnx.state(target, nnx.Param))
-        ),
-    )
+    weights = {path: v[...] for path, v in nnx.to_flat_state(nnx.state(source, nnx.Param))}
+    layers.take_weights(target, weights | merged)

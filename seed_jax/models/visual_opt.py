@@ -141,11 +141,10 @@ def as_opt(model: VisualOPT) -> OPT:
     )
     plain = nnx.eval_shape(lambda: OPT(config, compute=model.opt.compute, rngs=nnx.Rngs(0)))
     head = model.opt.words if model.opt.head is None else model.opt.head
-    weights = {path: value[...] for path, value in nnx.to_flat_state(nnx.state(model.opt))}
+    weights = {path: v[...] for path, v in nnx.to_flat_state(nnx.state(model.opt, nnx.Param))}
     weights["words",] = model.embed(jnp.arange(config.vocab_size)[None])[0]
     weights["head",] = jnp.concatenate([head[...], model.outputs[...]])
-    state = nnx.to_flat_state(nnx.state(plain, nnx.Param))
-    nnx.update(plain, nnx.from_flat_state((path, v.replace(weights[path])) for path, v in state))
+    layers.take_weights(plain, weights)
     return plain
 
 

@@ -20,7 +20,7 @@ from seed_jax.models import quantizer, teacher
 from seed_jax.models.teacher import TextTeacher
 from seed_jax.models.tokenizer import EncoderConfig, SeedTokenizer, TokenizerConfig
 from seed_jax.tasks import Batch, causal_qformer, compute_of
-from seed_jax.tasks.memory import Memory
+from seed_jax.tasks.memory import Memory, recall
 
 KIND = "seed_tokenizer"
 # A code last seen about 1/(1 - decay) batches ago has decayed to a third of its count.
@@ -105,7 +105,7 @@ class Codebook:
         if model.memory is not None:
             model.memory.fill(model, self._run_frozen, batches, self.config.batch_size)
         if self.config.codebook_health.kmeans_batches:
-            self._start_at_means(model.tokenizer, batches)
+            self._start_at_means(model, batches)
 
     @staticmethod
     def _run_frozen(model: Any, batch: Batch) -> dict[str, jax.Array]:
@@ -115,21 +115,22 @@ class Codebook:
             "states": model.teacher(batch["prompt"]),
         }
 
-    def _start_at_means(self, tokenizer: SeedTokenizer, batches: Iterator[Batch]) -> None:
+    def _start_at_means(self, model: TeachedTokenizer, batches: Iterator[Batch]) -> None:
         """Puts the codes at the k-means centres of the vectors that they will quantise."""
-        graphdef, state = nnx.split(tokenizer)
+        graphdef, state = nnx.split(model)
 
         @jax.jit
-        def code_vectors(state: nnx.State, images: jax.Array) -> jax.Array:
-            tokenizer = nnx.merge(graphdef, state)
-            return tokenizer.code_vectors(tokenizer.causal_embeddings(images))
+        def code_vectors(state: nnx.State, batch: Batch) -> jax.Array:
+            model = nnx.merge(graphdef, state)
+            known = recall(model.memory, model, self._run_frozen, batch)
+            return model.tokenizer.code_vectors(known["causal"])
 
         count = self.config.codebook_health.kmeans_batches
         z_BQK = np.concatenate(
-            [np.asarray(code_vectors(state, next(batches)["image"])) for _ in range(count)]
+            [np.asarray(code_vectors(state, next(batches))) for _ in range(count)]
         )
         z_NK = z_BQK.reshape(-1, z_BQK.shape[-1])
-        vectors = tokenizer.codebook.vectors
+        vectors = model.tokenizer.codebook.vectors
         if len(z_NK) < len(vectors):
             raise UserError(
                 f"config.codebook_health.kmeans_batches: {count} batches hold {len(z_NK)} vectors, "
@@ -145,11 +146,7 @@ class Codebook:
         self, model: TeachedTokenizer, batch: Batch, key: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array], tuple[jax.Array, jax.Array]]:
         tokenizer, weights = model.tokenizer, self.config.loss
-        known = (
-            self._run_frozen(model, batch)
-            if model.memory is None
-            else model.memory.lookup(batch["index"])
-        )
+        known = recall(model.memory, model, self._run_frozen, batch)
         causal_BQD = jax.lax.stop_gradient(known["causal"])
         z_BQK = tokenizer.code_vectors(causal_BQD)
         st_BQK, e_BQK, codes_BQ = tokenizer.codebook.quantize(z_BQK)

@@ -19,7 +19,7 @@ from seed_jax.models.stable_diffusion import Autoencoder, UNet, UNetConfig, draw
 from seed_jax.models.teacher import TextTeacher
 from seed_jax.tasks import Batch, compute_of
 from seed_jax.tasks.autoencoder import to_signed
-from seed_jax.tasks.memory import Memory
+from seed_jax.tasks.memory import Memory, recall
 
 # What diffusers loads a pipeline by; no safety checker, which these pictures don't need.
 MODEL_INDEX = {
@@ -132,11 +132,7 @@ class Diffusion:
         self, model: DrawingModel, batch: Batch, key: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array], None]:
         latent_key, time_key, noise_key, drop_key = jax.random.split(key, 4)
-        known = (
-            self._run_frozen(model, batch)
-            if model.memory is None
-            else model.memory.lookup(batch["index"])
-        )
+        known = recall(model.memory, model, self._run_frozen, batch)
         latents_BHWC = draw_gaussian(known["mean"], known["logvar"], latent_key)
         latents_BHWC *= self.autoencoder.config.scaling_factor
 

@@ -12,7 +12,7 @@ from flax import nnx
 
 from seed_jax.cli import UserError
 from seed_jax.data import sources
-from seed_jax.models.layers import Array
+from seed_jax.models.layers import Array, M
 from seed_jax.tasks import Batch
 
 
@@ -43,8 +43,8 @@ class Memory(nnx.Module):
 
     def fill(
         self,
-        frozen: nnx.Module,
-        run: Callable[[nnx.Module, Batch], dict[str, Array]],
+        frozen: M,
+        run: Callable[[M, Batch], dict[str, Array]],
         batches: Iterator[Batch],
         batch_size: int,
     ) -> None:
@@ -67,3 +67,13 @@ class Memory(nnx.Module):
                 filled[name][np.asarray(batch["index"])] = rows
         for name, table in self.tables.items():
             table[...] = jax.device_put(filled[name], table[...].sharding)
+
+
+def recall(
+    memory: Memory | None,
+    frozen: M,
+    run: Callable[[M, Batch], dict[str, Array]],
+    batch: Batch,
+) -> dict[str, Array]:
+    """What the frozen parts make of a batch: from memory, or run where there is none."""
+    return run(frozen, batch) if memory is None else memory.lookup(batch["index"])

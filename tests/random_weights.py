@@ -1,0 +1,23 @@
+"""Modules with random weights, without their initialisers, which take seconds to compile."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from seed_jax import model_dir
+
+M = TypeVar("M", bound=nnx.Module)
+
+
+def random_weights(build: Callable[[], M]) -> M:
+    """What `build` would make, with normal weights, none of them at a value that hides it."""
+    rng = np.random.default_rng(0)
+    graphdef, state = nnx.split(nnx.eval_shape(build))
+    weights = {
+        name: jnp.asarray(rng.normal(name.endswith("scale"), 0.2, a.shape), a.dtype)
+        for name, a in model_dir.flat_params(state).items()
+    }
+    return nnx.merge(graphdef, model_dir.unflatten_params(state, weights))
