@@ -46,6 +46,7 @@ def get_config() -> ConfigDict:
             "vq": 5.0,
             "reconstruction": 2.0,
             "generation": 0.5,
+            "retrieval": 0.0,  # 1 - cosine of the features that captions are compared with
             "beta": 0.25,
             "legacy_beta": True,  # commitment 1, codebook beta; the formula swaps them
         }

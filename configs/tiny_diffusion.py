@@ -18,7 +18,8 @@ def get_config() -> ConfigDict:
     config.task = "diffusion"
     config.steps = 4900
     config.batch_size = 64
-    del config.init, config.train_vit, config.first_scale, config.tokenizer
+    del config.train_vit, config.first_scale, config.tokenizer
+    config.init = ""  # Stable Diffusion directory whose U-Net to go on from; "" begins anew
     config.autoencoder = ""  # directory with a vae/; "" is the packaged one
     config.teacher = ""  # Stable Diffusion directory with a text encoder; "" is the packaged one
     config.remember = True

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The whole of the tokenizer on the pictures that come with the package: trains both stages, turns the
-# held-out pictures into codes, evaluates, draws. Eight minutes on two quiet CPU cores.
+# The whole of SEED on the pictures that come with the package: trains tokenizer and language model,
+# turns the held-out pictures into codes, evaluates, captions, draws. Eight minutes on two quiet CPU cores.
 #
 #     bash launch/quickstart.sh [OUT]      results go to OUT (default: out)
 #
@@ -34,8 +34,11 @@ run() {
 run seed_jax.train --config configs/tiny_causal_qformer.py --workdir "$out/causal_qformer"
 run seed_jax.train --config configs/tiny_codebook.py --workdir "$out/codebook" \
     --config.init="$out/causal_qformer/model"
-rm -rf "$out/tokenizer"
+run seed_jax.train --config configs/tiny_seed_opt.py --workdir "$out/language_model" \
+    --config.init="$out/codebook/model"
+rm -rf "$out/tokenizer" "$out/seed_opt"
 cp -r "$out/codebook/model" "$out/tokenizer"
+cp -r "$out/language_model/model" "$out/seed_opt"
 
 # Codes of an earlier model in the same folder would not be of this one.
 rm -f "$out/codes.jsonl"

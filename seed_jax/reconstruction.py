@@ -64,7 +64,12 @@ class Drawn(NamedTuple):
 
 
 def redraw(
-    args: argparse.Namespace, path: str | Path, source: Source, *, image_encoder: str = ""
+    args: argparse.Namespace,
+    path: str | Path,
+    source: Source,
+    *,
+    image_encoder: str = "",
+    diffusion: StableDiffusion | None = None,
 ) -> tuple[str, Iterator[Drawn]]:
     """The name of what pictures are compared by, and the pictures, drawn as one asks for them.
 
@@ -73,13 +78,14 @@ def redraw(
       path: model directory of stage 2.
       image_encoder: a CLIP in transformers' layout, Flax or PyTorch: a directory or hub name; ''
         for the tokenizer's own stage-1 encoder.
+      diffusion: what draws, if it is open already.
 
     Raises:
       UserError: a model can't be found or does not fit its config, or the two do not fit one
         another; the tokenizer has no contrastive heads to compare by; see `draw` too.
     """
     model = SeedTokenizer.from_pretrained(path)
-    diffusion = drawing.open_diffusion(args, model, path)
+    diffusion = diffusion or drawing.open_diffusion(args, model, path)
     runner = inference.Runner(model)
     encoder = _open_encoder(image_encoder, model, runner, path)
     settings = drawing.settings(args)

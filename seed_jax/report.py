@@ -1,9 +1,10 @@
-"""The quickstart's last step: evaluates its tokenizer on held-out pictures and draws the results.
+"""The quickstart's last step: evaluates its models on held-out pictures and draws the results.
 
     python -m seed_jax.report --run OUT
 
-reads OUT/causal_qformer and OUT/codebook (workdirs of the two stages) and OUT/tokenizer, and writes
-OUT/summary.json, OUT/curves.png, OUT/pictures.png, OUT/drawings.png and OUT/some_folder.
+reads OUT/causal_qformer, OUT/codebook and OUT/language_model (workdirs of the three stages),
+OUT/tokenizer and OUT/seed_opt, and writes OUT/summary.json, OUT/curves.png, OUT/pictures.png,
+OUT/drawings.png and OUT/some_folder.
 """
 
 import argparse
@@ -11,9 +12,11 @@ import io
 import json
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
@@ -21,13 +24,14 @@ from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec, GridSpecFromSubplotSpec
 from PIL import Image
 
-from seed_jax import cli, drawing, evaluate, inference, reconstruction
+from seed_jax import cli, drawing, evaluate, inference, reconstruction, seed_opt_results
 from seed_jax.cli import UserError
 from seed_jax.data.sources import CAPTIONS_FILE, Record, Source, open_source
 from seed_jax.data.transforms import decode
 from seed_jax.drawing import Shown
 from seed_jax.inference import Embeddings
 from seed_jax.reconstruction import Drawn
+from seed_jax.seed_opt import SeedOPT
 
 SPLITS = {
     "style": "Held-out drawings of things seen in training",
@@ -45,10 +49,16 @@ PANELS = {
             "loss",
             "loss_vq",
             "loss_reconstruction",
+            "loss_retrieval",
             "loss_generation",
         ],
         "Share of the codes in use": ["codebook_usage"],
         "Codebook perplexity": ["codebook_perplexity"],
+    },
+    "language_model": {
+        "Stage 3: loss of captions' words": ["loss_words"],
+        "Loss of drawings' codes": ["loss_codes"],
+        "Learning rate": ["learning_rate"],
     },
 }
 CARDS_PER_SPLIT = 6
@@ -75,8 +85,22 @@ class Card(NamedTuple):
     found: dict[str, list[str]]
 
 
+class Written(NamedTuple):
+    """What the language model made of held-out pictures and captions.
+
+    Attributes:
+      captions: of each picture, from its codes.
+      drawn_PQ: codes int32, of a drawing of each picture's caption.
+      results: figures of both.
+    """
+
+    captions: list[str]
+    drawn_PQ: np.ndarray
+    results: dict[str, Any]
+
+
 def draw_curves(run: Path, output: Path) -> None:
-    """Draws what both stages wrote to their metrics.jsonl.
+    """Draws what the stages wrote to their metrics.jsonl.
 
     Raises:
       UserError: a stage's metrics.jsonl is missing.
@@ -197,36 +221,67 @@ def report(args: argparse.Namespace) -> None:
     run, model = args.run, args.run / "tokenizer"
     draw_curves(run, run / "curves.png")
     sources = {split: open_source(args.data, split) for split in SPLITS}
-    results, cards, codes, size = {}, {}, [], 0
+    embedded, results, cards, codes, size = {}, {}, {}, [], 0
     for split, title in SPLITS.items():
-        source = sources[split]
-        embedded = inference.embed(model, source, max_tags=args.max_tags)
-        if embedded.codes is None:
+        embedded[split] = inference.embed(model, sources[split], max_tags=args.max_tags)
+        if (found := embedded[split].codes) is None:
             raise UserError(f"{model} holds a model of stage 1; copy stage 2's there")
-        codes.append(embedded.codes.codes_PQ)
-        size = embedded.codes.codebook_size
-        results[split] = evaluate.retrieval_results(embedded)
-        cards[title] = make_cards(source, embedded, CARDS_PER_SPLIT)
+        codes.append(found.codes_PQ)
+        size = found.codebook_size
+        results[split] = evaluate.retrieval_results(embedded[split])
+        cards[title] = make_cards(sources[split], embedded[split], CARDS_PER_SPLIT)
     draw_sheet(cards, size, run / "pictures.png")
     write_folder(sources["style"], run / "some_folder", args.max_tags)
-    encoder, batches = reconstruction.redraw(args, model, sources["style"])
+
+    language_model = SeedOPT.from_pretrained(run / "seed_opt")
+    written = write(language_model, sources["style"], embedded["style"], args.batch_size)
+    diffusion = drawing.open_diffusion(args, language_model.tokenizer, model)
+    encoder, batches = reconstruction.redraw(args, model, sources["style"], diffusion=diffusion)
     redrawn = list(batches)
-    drawing.draw_sheet(shown_drawings(redrawn), run / "drawings.png")
+
+    def draw(codes_NQ: np.ndarray) -> np.ndarray:
+        # As many at a time as before, so that nothing is compiled anew.
+        padded = np.resize(codes_NQ, (max(len(codes_NQ), args.batch_size), codes_NQ.shape[1]))
+        embeddings = language_model.tokenizer.embed(jnp.asarray(padded))
+        return np.asarray(diffusion.draw(embeddings, **drawing.settings(args)))[: len(codes_NQ)]
+
+    shown = shown_drawings(redrawn, written, draw)
+    drawing.draw_sheet(shown, run / "drawings.png")
     summary = {
         "retrieval": results,
         "codebook": evaluate.codebook_health(np.concatenate(codes), size),
         "reconstruction": reconstruction.results(encoder, redrawn),
+        "seed_opt": written.results,
         "seconds": round(time.time() - args.started, 1),
     }
     (run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(story(run, summary))
 
 
-def shown_drawings(redrawn: list[Drawn]) -> list[Shown]:
-    """Some of the pictures beside their drawings, spread evenly over all."""
+def write(model: SeedOPT, source: Source, embedded: Embeddings, batch_size: int) -> Written:
+    """Lets the language model caption pictures from their codes, and draw their captions."""
+    assert embedded.codes is not None
+    true = [source[int(index)]["captions"] for index in embedded.index_P]
+    captions = seed_opt_results.caption_all(model, embedded.codes.codes_PQ, batch_size=batch_size)
+    drawn_PQ = seed_opt_results.draw_all(model, [own[0] for own in true], batch_size=batch_size)
+    results = {
+        "captions": seed_opt_results.caption_results(captions, true),
+        "drawings": seed_opt_results.drawing_results(model, drawn_PQ, embedded),
+    }
+    return Written(captions, drawn_PQ, results)
+
+
+def shown_drawings(
+    redrawn: list[Drawn], written: Written, draw: Callable[[np.ndarray], np.ndarray]
+) -> list[Shown]:
+    """Some of the pictures beside their drawings, spread evenly over all.
+
+    Args:
+      draw: codes [N, Q] to pictures uint8 [N, H, W, 3].
+    """
     groups = [
-        Shown(
-            _short(caption),
+        (
+            caption,
             {
                 "": original,
                 "from its codes": batch.drawings["codes"][i],
@@ -236,8 +291,13 @@ def shown_drawings(redrawn: list[Drawn]) -> list[Shown]:
         for batch in redrawn
         for i, (caption, original) in enumerate(zip(batch.captions, batch.originals, strict=True))
     ]
+    rows = np.unique(np.linspace(0, len(groups) - 1, SHOWN_DRAWINGS, dtype=int))
     return [
-        groups[i] for i in np.unique(np.linspace(0, len(groups) - 1, SHOWN_DRAWINGS, dtype=int))
+        Shown(
+            f"{_short(groups[row][0])}\nread as: {_short(written.captions[row])}",
+            {**groups[row][1], "by SEED-OPT": picture},
+        )
+        for row, picture in zip(rows, draw(written.drawn_PQ[rows]), strict=True)
     ]
 
 
@@ -249,17 +309,21 @@ def story(run: Path, summary: dict[str, Any]) -> str:
         lines += [f"\n{title} (split {split!r})", textwrap.indent(table, "  ")]
     table = reconstruction.table(summary["reconstruction"])
     lines += ["\nDrawn again (split 'style')", textwrap.indent(table, "  ")]
+    table = seed_opt_results.table(summary["seed_opt"])
+    lines += ["\nRead and drawn by SEED-OPT (split 'style')", textwrap.indent(table, "  ")]
     minutes, seconds = divmod(round(summary["seconds"]), 60)
     health = summary["codebook"]
     lines.append(
         f"""
-Trained and evaluated a tokenizer in {minutes} min {seconds} s. The held-out pictures use
-{100 * health["usage"]:.1f} % of its codes (perplexity {health["perplexity"]:.1f}).
+Trained and evaluated a tokenizer, and a language model that reads and writes its codes, in
+{minutes} min {seconds} s. The held-out pictures use {100 * health["usage"]:.1f} % of the codes
+(perplexity {health["perplexity"]:.1f}).
 
 Open
   {run}/pictures.png   held-out pictures, their codes, and the captions found for them
-  {run}/drawings.png   held-out pictures, drawn from their codes and from their captions
-  {run}/curves.png     how both stages learned
+  {run}/drawings.png   held-out pictures, what SEED-OPT reads in their codes, and drawings: from
+                       their codes, from their captions, and of SEED-OPT
+  {run}/curves.png     how the three stages learned
   {run}/summary.json   the figures above
   {run}/codes.jsonl    the codes of all held-out pictures
 
@@ -269,7 +333,10 @@ Try
   .venv/bin/python -m seed_jax.evaluate --model {run}/tokenizer --suite retrieval \\
       --data {run}/some_folder
   .venv/bin/python -m seed_jax.reconstruct --model {run}/tokenizer --images {run}/some_folder \\
-      --output {run}/drawn"""
+      --output {run}/drawn
+  .venv/bin/python -m seed_jax.generate --model {run}/seed_opt --image PICTURE
+  .venv/bin/python -m seed_jax.generate --model {run}/seed_opt --draw "a red apple" \\
+      --output apple.png"""
     )
     return "\n".join(lines)
 

@@ -1,7 +1,6 @@
 """SEED-OPT out to transformers and PEFT, run there, and back in."""
 
 import dataclasses
-import shutil
 
 import numpy as np
 import pytest
@@ -17,52 +16,17 @@ from seed_jax.interop import opt_weights
 from seed_jax.interop.seed_opt_folders import code_token
 from seed_jax.models.generation import Decoding
 from seed_jax.models.layers import Compute
-from seed_jax.models.lora import LoRAConfig
 from seed_jax.models.opt import OPT, OPTConfig
 from seed_jax.models.visual_opt import VisualOPT, VisualOPTConfig
 from seed_jax.seed_opt import KIND, merged
 from seed_jax.tasks.language_model import PACKAGED
-from tests.random_weights import random_weights
-from tests.tiny import CODES, QUERIES, save_tokenizer
-
-SIZES = OPTConfig(
-    # Seven more than the tokenizer has, as in the published ones.
-    vocab_size=1543,
-    width=24,
-    depth=3,
-    heads=2,
-    mlp_dim=40,
-    max_positions=64,
-    lora=LoRAConfig(rank=3, alpha=5.0, dropout=0.0, targets=("query", "value", "up")),
-)
-
-
-def save_seed_opt(folder, config: VisualOPTConfig):
-    """A language model with random weights, adapters included, as stage 3 leaves it."""
-    model = random_weights(lambda: VisualOPT(config, rngs=nnx.Rngs(0)))
-    tokenizer = save_tokenizer(folder / "tokenizer")
-
-    def add_files(partial):
-        load_tokenizer(PACKAGED).save_pretrained(partial / "text_tokenizer")
-        shutil.copytree(tokenizer, partial / "tokenizer")
-
-    model_dir.save(
-        folder / "model",
-        kind=KIND,
-        config=config,
-        module=model,
-        add_files=add_files,
-        tokenizer_hash=model_dir.describe(tokenizer)["content_hash"],
-    )
-    return folder / "model"
+from tests.tiny import CODES, QUERIES
+from tests.tiny_seed_opt import SIZES, config, save_seed_opt
 
 
 @pytest.fixture(scope="module", params=["codebook", "learned"])
 def model(request, tmp_path_factory):
-    config = VisualOPTConfig(
-        opt=SIZES, codes=CODES, code_dim=4, picture_codes=QUERIES, code_input=request.param
-    )
-    return save_seed_opt(tmp_path_factory.mktemp("seed_opt"), config)
+    return save_seed_opt(tmp_path_factory.mktemp("seed_opt"), config(request.param))
 
 
 def ours(folder) -> VisualOPT:

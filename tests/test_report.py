@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import CODES, save_tokenizer, write_pictures
+from tiny import CODES, write_pictures
 
 from seed_jax import evaluate, report
 from seed_jax.cli import UserError
 from seed_jax.data.sources import open_source, write_array_record
 from tests.tiny_diffusion import save_stable_diffusion
+from tests.tiny_seed_opt import config, save_seed_opt
 
 PICTURES = 12
 
@@ -32,7 +33,9 @@ def data(tmp_path_factory) -> Path:
 def run(data, tmp_path_factory) -> Path:
     """The folder that a quickstart leaves, reported on."""
     run = tmp_path_factory.mktemp("run")
-    save_tokenizer(run / "tokenizer")
+    seed_opt = save_seed_opt(run / "made", config("codebook"))
+    seed_opt.rename(run / "seed_opt")
+    (run / "made/tokenizer").rename(run / "tokenizer")
     for stage, panels in report.PANELS.items():
         (run / stage).mkdir()
         names = [name for group in panels.values() for name in group]
@@ -50,7 +53,7 @@ def summary_of(run: Path) -> dict:
 
 def test_the_summary_has_the_figures_of_both_splits(run):
     summary = summary_of(run)
-    assert set(summary) == {"retrieval", "codebook", "reconstruction", "seconds"}
+    assert set(summary) == {"retrieval", "codebook", "reconstruction", "seed_opt", "seconds"}
     assert set(summary["retrieval"]) == {"style", "concept"}
     for results in summary["retrieval"].values():
         assert results["chance_r10"] > 10 / (2 * PICTURES)
@@ -63,6 +66,14 @@ def test_the_summary_has_the_figures_of_both_splits(run):
     alike = summary["reconstruction"]
     assert alike["pictures"] == PICTURES
     assert all(-1 <= alike[row] <= 1 for row in ("codes", "caption", "shuffled"))
+
+
+def test_the_summary_has_what_the_language_model_reads_and_draws(run):
+    written = summary_of(run)["seed_opt"]
+    assert 0 <= written["captions"]["shuffled_token_f1"] <= 1
+    assert 0 <= written["captions"]["token_f1"] <= 1
+    assert written["drawings"]["chance_r10"] == summary_of(run)["retrieval"]["style"]["chance_r10"]
+    assert 0 <= written["drawings"]["mean"] <= 1
 
 
 def test_the_folder_it_writes_evaluates_to_the_same_figures(run, tmp_path):

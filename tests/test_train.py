@@ -87,8 +87,11 @@ def test_both_stages_and_the_tokenizer_they_make(stage1, tmp_path, caplog):
     rows = metrics(tmp_path)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
     for row in rows:
-        parts = row["loss_vq"] + row["loss_reconstruction"] + row["loss_generation"]
-        assert row["loss"] == pytest.approx(parts, rel=1e-5)
+        parts = [
+            row[f"loss_{part}"] for part in ("vq", "reconstruction", "retrieval", "generation")
+        ]
+        assert all(part > 0 for part in parts)
+        assert row["loss"] == pytest.approx(sum(parts), rel=1e-5)
         assert 0 < row["codebook_usage"] <= 1
         assert row["codebook_perplexity"] >= 1
     assert any((tmp_path / "tensorboard").iterdir())

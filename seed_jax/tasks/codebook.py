@@ -46,7 +46,11 @@ class TeachedTokenizer(nnx.Module):
 
 
 class Codebook:
-    """Trains everything after the causal embeddings: 5·VQ + 2·cosine + 0.5·MSE to text states."""
+    """Trains everything after the causal embeddings: 5·VQ + 2·cosine + 0.5·MSE to text states.
+
+    Beyond the paper, `config.loss.retrieval` weighs how well the reconstructed embeddings keep the
+    feature that captions are compared with.
+    """
 
     def __init__(self, config: ConfigDict):
         self.config = config
@@ -55,6 +59,11 @@ class Codebook:
                 "config.init must name the model directory that stage 1 wrote (WORKDIR/model)"
             )
         encoder = model_dir.load_config(config.init, causal_qformer.KIND, EncoderConfig)
+        if config.loss.retrieval and not encoder.contrastive_dim:
+            raise UserError(
+                f"{config.init} has no contrastive heads, which config.loss.retrieval goes by; set "
+                "that to 0"
+            )
         self.teacher_config = teacher.load_config(config.teacher)
         sizes = {"generation": {"output_dim": self.teacher_config.hidden_size}}
         for key, value in config.model.to_dict().items():
@@ -151,16 +160,21 @@ class Codebook:
         z_BQK = tokenizer.code_vectors(causal_BQD)
         st_BQK, e_BQK, codes_BQ = tokenizer.codebook.quantize(z_BQK)
         x_BQD = tokenizer.dequantize(st_BQK)
+        decoded_BQD = tokenizer.decode_causal(x_BQD)
         parts = {
             "loss_vq": weights.vq
             * losses.vector_quantization(
                 z_BQK, e_BQK, beta=weights.beta, legacy=weights.legacy_beta
             ),
             "loss_reconstruction": weights.reconstruction
-            * losses.cosine_reconstruction(tokenizer.decode_causal(x_BQD), causal_BQD),
+            * losses.cosine_reconstruction(decoded_BQD, causal_BQD),
             "loss_generation": weights.generation
             * losses.mean_squared_error(tokenizer.generation(x_BQD, key=key), known["states"]),
         }
+        if weights.retrieval:
+            parts["loss_retrieval"] = weights.retrieval * losses.cosine_reconstruction(
+                tokenizer.image_features(decoded_BQD), tokenizer.image_features(causal_BQD)
+            )
         counts_C = quantizer.usage_counts(codes_BQ, self.sizes.codebook.size)
         health = quantizer.codebook_health(model.counts[...] + counts_C)
         metrics = parts | {f"codebook_{name}": value for name, value in health.items()}
