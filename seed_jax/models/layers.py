@@ -7,6 +7,7 @@ mesh axes. A stacked parameter has the layer dim in front of the dims that `axes
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar
 
@@ -17,6 +18,9 @@ from flax import nnx, traverse_util
 Array = jax.Array
 M = TypeVar("M")
 S = TypeVar("S")
+
+# So many vectors, of as many sequences, are few; see `times_rows`.
+FEW_VECTORS = 16
 
 # What the forward pass of a layer keeps for the backward pass; the rest is computed again.
 REMAT = {
@@ -62,6 +66,39 @@ def dense(
         bias_metadata={"axes": axes[1:]},
         rngs=rngs,
     )
+
+
+class RowLinear(nnx.Module):
+    """An `nnx.Linear` for a loop over tokens, its kernel stored [dout, din].
+
+    A product with one vector reads such a kernel in order: on a CPU in half the time.
+    """
+
+    def __init__(self, linear: nnx.Linear):
+        self.kernel = nnx.Param(linear.kernel[...].T)
+        self.bias = linear.bias
+        self.dtype = linear.dtype
+
+    def __call__(self, x: Array) -> Array:
+        """[..., din] -> [..., dout]."""
+        y = times_rows(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
+        return (
+            y
+            if self.bias is None
+            else y + jnp.broadcast_to(self.bias[...], y.shape).astype(y.dtype)
+        )
+
+
+def times_rows(x: Array, table_OI: Array, *, preferred_element_type: Any = None) -> Array:
+    """Products with the rows of a table, [..., I] -> [..., O]."""
+    vectors = math.prod(x.shape[:-1])
+    if 1 < vectors <= FEW_VECTORS and jax.default_backend() == "cpu":
+        # XLA's CPU backend is up to twice as fast with the table on the left. The barriers keep
+        # it from putting the sides back.
+        x_IM = jax.lax.optimization_barrier(x.reshape(vectors, -1).T)
+        y_OM = jnp.matmul(table_OI, x_IM, preferred_element_type=preferred_element_type)
+        return jax.lax.optimization_barrier(y_OM).T.reshape(*x.shape[:-1], -1)
+    return jnp.einsum("...i,oi->...o", x, table_OI, preferred_element_type=preferred_element_type)
 
 
 def layer_norm(width: int, *, epsilon: float, compute: Compute, rngs: nnx.Rngs) -> nnx.LayerNorm:

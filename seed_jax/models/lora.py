@@ -94,7 +94,7 @@ def linear(
     return layers.dense(din, dout, axes=axes, compute=compute, rngs=rngs)
 
 
-def apply(layer: nnx.Linear, x: Array, key: Array | None) -> Array:
+def apply(layer: nnx.Linear | layers.RowLinear, x: Array, key: Array | None) -> Array:
     """Runs a layer that `linear` made, with dropout where there is an adapter to drop from."""
     return layer(x, key) if isinstance(layer, LoRALinear) else layer(x)
 
