@@ -15,7 +15,7 @@ from seed_jax.data.sequences import CAPTION_PROMPT, DRAWING_PROMPT, QUESTION_PRO
 def get_config() -> ConfigDict:
     config = tiny_causal_qformer.get_config().unlock()
     config.task = "language_model"
-    config.steps = 150
+    config.steps = 1000
     config.batch_size = 224  # captions in a step
     config.image_size = 0  # pictures are not read
     config.tokenizer = ""  # "" is the packaged small one
@@ -35,6 +35,7 @@ def get_config() -> ConfigDict:
         {
             "row_length": 128,  # tokens of a row
             "per_row": 7,  # captions packed into it; those that find no room are left out
+            "hinted": 0.5,  # share of the texts that begin with the picture's tags
             # One of these is drawn to stand before the caption.
             "prompts": (
                 "",

@@ -16,7 +16,7 @@ from tiny import CODES, QUERIES, SIDE, save_tokenizer, write_pictures
 from configs import tiny_opt, tiny_seed_opt
 from seed_jax import SeedOPT, losses, model_dir, tokenize
 from seed_jax.cli import UserError
-from seed_jax.data.sequences import CodesTable, PackedPairs, Words, pack
+from seed_jax.data.sequences import CodesTable, PackedPairs, PackedTexts, Words, pack
 from seed_jax.data.text import DrawnCaption, load_tokenizer
 from seed_jax.generate import main
 from seed_jax.models.generation import Decoding
@@ -167,6 +167,17 @@ def test_sequences_are_those_of_figure_4():
             asked = [w.begin, *w.encode("Generate an image a cat"), w.end]
             assert used == [*asked, *picture]
             assert targets == picture
+
+
+def test_the_base_reads_tags_before_the_caption_that_they_are_of():
+    record = {"id": "0", "image": b"", "captions": ["a cat"], "tags": ["pet"]}
+    row = DrawnCaption("a cat, pet", record, Random(0))
+    w = words()
+    for hinted, text in ((1.0, "pet A photo of a cat"), (0.0, "A photo of a cat, pet")):
+        field = PackedTexts(w, row_length=20, per_row=1, prompts=["A photo of"], hinted=hinted)
+        packed = field.training_rows("text", [row], 0)
+        ids = packed["text_ids"][packed["text_segments"] > 0].tolist()
+        assert ids == [w.begin, *w.encode(text), w.end]
 
 
 def test_packed_and_unpacked_rows_have_the_same_loss():

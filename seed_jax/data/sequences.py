@@ -97,12 +97,25 @@ class PackedTexts:
     """Captions alone, each between `<s>` and `</s>`; a `CaptionField`."""
 
     def __init__(
-        self, words: Words, *, row_length: int, per_row: int, prompts: Sequence[str] = ("",)
+        self,
+        words: Words,
+        *,
+        row_length: int,
+        per_row: int,
+        prompts: Sequence[str] = ("",),
+        hinted: float = 0.0,
     ):
-        """`prompts`: texts of which one is drawn to stand before the caption."""
+        """Sets how rows are made.
+
+        Args:
+          prompts: texts of which one is drawn to stand before the caption.
+          hinted: share of the texts that begin with the picture's tags, as they will with its
+            codes: what follows has to be looked up in what is before it.
+        """
         self._words = words
         self._row_length, self._per_row = row_length, per_row
         self._prompts = tuple(prompts)
+        self._hinted = hinted
 
     def training_rows(
         self, name: str, drawn: Sequence[DrawnCaption], number: int
@@ -110,8 +123,11 @@ class PackedTexts:
         """See `CaptionField` and `pack`; each row holds `per_row` captions."""
         words, sequences = self._words, []
         for row in drawn:
-            prompt = row.rng.choice(self._prompts)
-            text = f"{prompt} {row.caption}" if prompt else row.caption
+            parts = [row.rng.choice(self._prompts), row.caption]
+            if (tags := row.record.get("tags")) and row.rng.random() < self._hinted:
+                hint = ", ".join(row.rng.sample(tags, row.rng.randint(1, len(tags))))
+                parts = [hint, parts[0], row.rng.choice(row.record["captions"])]
+            text = " ".join(part for part in parts if part)
             ids = [words.begin, *words.encode(text), words.end][: self._row_length]
             sequences.append(TokenSequence(ids, 1))
         packed = pack(_grouped(sequences, self._per_row), self._row_length, padding=words.padding)

@@ -40,6 +40,7 @@ class LanguageModel:
             row_length=sequences.row_length,
             per_row=sequences.per_row,
             prompts=sequences.prompts,
+            hinted=sequences.hinted,
         )
         return {"text": field}
 
