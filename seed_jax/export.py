@@ -19,7 +19,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import safetensors.numpy
 from flax import nnx
 
 from seed_jax import cli, model_dir, seed_opt
@@ -81,12 +80,15 @@ def export_seed(args: argparse.Namespace, folder: Path) -> str:
     config = tokenizer.config
     make_table = keys.seed2_tokenizer if config.generation.one_vector else keys.seed1_tokenizer
     table = make_table(config)
-    tensors = state_dict.to_torch(nnx.state(tokenizer, nnx.Param), table)
-    safetensors.numpy.save_file(tensors, folder / f"{STEM}.safetensors")
+    tensors = state_dict.lazy_torch(nnx.state(tokenizer, nnx.Param), table)
+    file, count = folder / f"{STEM}.safetensors", len(tensors)
+    torch_io.write_safetensors(tensors, file)
     if args.pt:
-        torch_io.write_torch(tensors, folder / f"{STEM}.pt")
+        # torch.save wants all tensors at once: make room for them.
+        del tokenizer, tensors
+        torch_io.write_torch(torch_io.read_weights(file), folder / f"{STEM}.pt")
     _write_card(folder, "A SEED image tokenizer", SEED_TEXT.format(table=table.name), description)
-    return f"{len(tensors)} tensors under the keys of {table.name}"
+    return f"{count} tensors under the keys of {table.name}"
 
 
 def export_hf(args: argparse.Namespace, folder: Path) -> str:
@@ -130,9 +132,9 @@ def export_diffusers(args: argparse.Namespace, folder: Path) -> str:
     unet = diffusers_folder.read_unet(diffusion, compute=Compute())
     drawer = diffusion or "the packaged Stable Diffusion"
     check_width(config.generation, model, unet.config.cross_attention_dim, drawer)
-    named = state_dict.to_torch(nnx.state(tokenizer, nnx.Param), keys.seed1_tokenizer(config))
+    named = state_dict.lazy_torch(nnx.state(tokenizer, nnx.Param), keys.seed1_tokenizer(config))
     tensors = {key: named[key] for key in named if key.startswith(keys.GENERATION)}
-    safetensors.numpy.save_file(tensors, folder / "generation.safetensors")
+    torch_io.write_safetensors(tensors, folder / "generation.safetensors")
     sizes = {
         "decoder_depth": config.decoder_depth,
         "decoder_heads": config.decoder_heads,

@@ -8,13 +8,12 @@ from typing import Any
 
 import jax
 import numpy as np
-import safetensors.numpy
 from flax import nnx
 
 from seed_jax.cli import UserError
 from seed_jax.interop import state_dict
 from seed_jax.interop.state_dict import LINEAR, SAME, ArrayLike, Layout, Row, Table
-from seed_jax.interop.torch_io import INDEX_SUFFIX, StoredTensor, read_weights
+from seed_jax.interop.torch_io import INDEX_SUFFIX, StoredTensor, read_weights, write_safetensors
 from seed_jax.models.layers import Compute
 from seed_jax.models.lora import LoRAConfig
 from seed_jax.models.opt import OPT, OPTConfig
@@ -197,9 +196,9 @@ def save(model: OPT, folder: Path, *, dtype: Any = np.float16, **facts: Any) -> 
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
-    named = state_dict.to_torch(nnx.state(model, nnx.Param), opt(config))
-    tensors = {key: np.asarray(value, dtype) for key, value in named.items()}
-    safetensors.numpy.save_file(tensors, folder / TORCH_FILE, metadata={"format": "pt"})
+    named = state_dict.lazy_torch(nnx.state(model, nnx.Param), opt(config))
+    tensors = {key: tensor.astype(dtype) for key, tensor in named.items()}
+    write_safetensors(tensors, folder / TORCH_FILE, metadata={"format": "pt"})
 
 
 def read_peft_config(folder: str | Path) -> LoRAConfig:
@@ -247,7 +246,7 @@ def save_peft(adapters: nnx.State, config: OPTConfig, folder: Path, *, base: str
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / PEFT_CONFIG).write_text(json.dumps(described, indent=2) + "\n")
-    safetensors.numpy.save_file(state_dict.to_torch(adapters, peft(config)), folder / PEFT_FILE)
+    write_safetensors(state_dict.lazy_torch(adapters, peft(config)), folder / PEFT_FILE)
 
 
 def with_adapters(model: OPT, weights: Mapping[str, ArrayLike], lora: LoRAConfig) -> OPT:
