@@ -12,7 +12,7 @@ import json
 import shutil
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +20,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from seed_jax.cli import UserError
 from seed_jax.models.layers import Compute
@@ -178,6 +178,43 @@ def load_into(module: nnx.Module, path: str | Path, kind: str) -> None:
     nnx.update(module, unflatten_params(state, restore_params(path, target)))
 
 
+def load_part(
+    module: nnx.Module, path: str | Path, kind: str, *, tables: Collection[str] = ()
+) -> set[str]:
+    """As `load_into`, but the directory may hold fewer parameters than the module.
+
+    Args:
+      tables: parameters of which it may hold the first rows alone.
+
+    Returns:
+      the names of those that were replaced, as in `flat_params`.
+    """
+    describe_kind(path, kind)
+    state = nnx.state(module, nnx.Param)
+    flat = flat_params(state)
+    target, short = {}, set()
+    for name, shape in stored_shapes(path).items():
+        if name not in flat:
+            raise UserError(f"{path} holds {name}, which the model has no place for")
+        old = flat[name]
+        target[name] = jax.ShapeDtypeStruct(old.shape, old.dtype, sharding=old.sharding)
+        if name in tables and shape[1:] == old.shape[1:] and shape[0] < old.shape[0]:
+            short.add(name)
+            # Its rows may not divide by the mesh as the module's do.
+            whole = (
+                NamedSharding(old.sharding.mesh, PartitionSpec())
+                if isinstance(old.sharding, NamedSharding)
+                else old.sharding
+            )
+            target[name] = jax.ShapeDtypeStruct(shape, old.dtype, sharding=whole)
+    loaded = restore_params(path, target)
+    for name in short:
+        old, rows = flat[name], loaded[name]
+        loaded[name] = jax.device_put(old.at[: len(rows)].set(rows), old.sharding)
+    nnx.update(module, unflatten_params(state, flat | loaded))
+    return set(loaded)
+
+
 def replace_params(module: nnx.Module, params: nnx.State) -> None:
     """Puts `params` in the place of a module's, keeping shardings and types."""
     placed = jax.tree.map(
@@ -196,12 +233,24 @@ def restore_params(
     Raises:
       UserError: a parameter is missing, unexpected or of another shape.
     """
+    check_params(path, stored_shapes(path), target)
+    with _open_params(path) as (checkpointer, folder):
+        return checkpointer.restore(folder, target)
+
+
+def stored_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of a directory's parameters by name."""
+    with _open_params(path) as (checkpointer, folder):
+        stored = checkpointer.metadata(folder).item_metadata.tree
+        return {name: tuple(value.shape) for name, value in stored.items()}
+
+
+@contextlib.contextmanager
+def _open_params(path: str | Path) -> Iterator[tuple[ocp.StandardCheckpointer, Path]]:
     folder = Path(path).absolute() / "params"
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            stored = checkpointer.metadata(folder).item_metadata.tree
-            check_params(path, {k: v.shape for k, v in stored.items()}, target)
-            return checkpointer.restore(folder, target)
+            yield checkpointer, folder
     except (ValueError, OSError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{folder} can't be read: {reason}") from error

@@ -10,7 +10,7 @@ from flax import nnx
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from seed_jax import SeedOPT, convert, export, model_dir
+from seed_jax import SeedOPT, base_opt, convert, export, model_dir
 from seed_jax.cli import UserError
 from seed_jax.data.text import load_tokenizer
 from seed_jax.interop import opt_weights
@@ -120,7 +120,7 @@ def test_it_comes_back(model, tmp_path, capsys):
     arguments = ["--source", "opt", "--weights", str(tmp_path / "hf")]
     convert.main([*arguments, "--output", str(tmp_path / "back")])
     assert "none missing" in capsys.readouterr().out
-    back = model_dir.load(tmp_path / "back", convert.OPT_KIND, OPTConfig, OPT, Compute())
+    back = model_dir.load(tmp_path / "back", base_opt.KIND, OPTConfig, OPT, Compute())
     ids = some_ids(back.config.vocab_size)
     np.testing.assert_allclose(
         back(ids, np.ones_like(ids)), merged(ours(model))(ids, np.ones_like(ids)), atol=1e-5
@@ -144,7 +144,7 @@ def test_peft_adds_our_adapters(model, tmp_path):
         convert.main([*arguments, "--output", str(tmp_path / "back")])
     base_folder = str(tmp_path / "peft/base")
     convert.main([*arguments, "--base", base_folder, "--output", str(tmp_path / "back")])
-    back = model_dir.load(tmp_path / "back", convert.OPT_KIND, OPTConfig, OPT, Compute())
+    back = model_dir.load(tmp_path / "back", base_opt.KIND, OPTConfig, OPT, Compute())
     assert back.config.lora == dataclasses.replace(SIZES.lora)
     expected = nnx.to_flat_state(nnx.state(ours(model).opt, nnx.LoRAParam))
     found = dict(nnx.to_flat_state(nnx.state(back, nnx.LoRAParam)))

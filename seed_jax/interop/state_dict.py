@@ -269,12 +269,12 @@ def check(
             misshapen[found, shape].append(key)
     problems = []
     if missing:
-        problems.append(f"missing: {_brief(missing)}")
+        problems.append(f"missing: {brief(missing)}")
     if unexpected:
-        problems.append(f"unexpected: {_brief(unexpected)}")
+        problems.append(f"unexpected: {brief(unexpected)}")
     if misshapen:
         wrong = (
-            f"{_brief(keys)} {_times(found)}, not {_times(shape)}"
+            f"{brief(keys)} {_times(found)}, not {_times(shape)}"
             for (found, shape), keys in misshapen.items()
         )
         problems.append(f"of another shape: {'; '.join(wrong)}")
@@ -306,7 +306,7 @@ def _same_but_grid(found: Shape, shape: Shape) -> bool:
     return math.isqrt(found[1] - 1) ** 2 == found[1] - 1
 
 
-def _brief(keys: Iterable[str]) -> str:
+def brief(keys: Iterable[str]) -> str:
     """Keys in a line, those that differ in the first number alone as one: `blocks.{0..38}.norm`."""
     groups: dict[str, list[int]] = defaultdict(list)
     for key in keys:

@@ -71,7 +71,10 @@ def read_weights(paths: str | Path | Iterable[str | Path]) -> dict[str, StoredTe
     weights: dict[str, StoredTensor] = {}
     for path in map(Path, [paths] if isinstance(paths, str | Path) else paths):
         indexed = path.is_file() and path.name.endswith(INDEX_SUFFIX)
-        for file in [path.with_name(name) for name in indexed_files(path)] if indexed else [path]:
+        files = [path.with_name(name) for name in indexed_files(path)] if indexed else [path]
+        for file in files:
+            if indexed and not file.is_file():
+                raise UserError(f"{file} is missing, which {path} names; download the rest")
             weights |= _read_file(file)
     return weights
 
