@@ -125,8 +125,10 @@ def blip2_hf(options: Options) -> Converted:
         read[blip2_folder.TEMPERATURE] = np.float32(START_TEMPERATURE)
     build = partial(CausalEncoder, config)
     folders = {}
-    if text["model_type"] == "opt":
-        read, inner = _split(read, (f"{blip2_folder.LANGUAGE_MODEL}*",))
+    rest, inner = _split(read, (f"{blip2_folder.LANGUAGE_MODEL}*",))
+    # A model for retrieval has a config of one, and none.
+    if inner and text["model_type"] == "opt":
+        read = rest
         inner = {k.removeprefix(blip2_folder.LANGUAGE_MODEL): v for k, v in inner.items()}
         sizes = opt_weights.config_of(text, folder / transformers_folder.CONFIG)
         folders[OPT_FOLDER] = _opt(folder, sizes, inner)
