@@ -11,11 +11,12 @@ import safetensors.numpy
 import torch
 import transformers
 from flax import nnx
+from jax.sharding import PartitionSpec
 from ml_collections import ConfigDict
 from tiny import VOCABULARY, text_tokenizer
 
 from configs import tiny_causal_qformer
-from seed_jax import base_opt, convert, model_dir
+from seed_jax import base_opt, convert, model_dir, sharding
 from seed_jax.cli import UserError
 from seed_jax.interop import bert_folder, blip2_folder, keys, opt_weights, transformers_folder
 from seed_jax.interop.state_dict import key_shapes, matches, to_torch
@@ -292,7 +293,7 @@ SIZES = EncoderConfig(
         heads=2,
         mlp_dim=12,
         encoder_width=24,
-        vocab_size=WORDS + 1,  # as BLIP-2 added one to BERT's
+        vocab_size=WORDS + 2,  # BLIP-2 too has more than BERT
         max_positions=9,
     ),
     contrastive_dim=6,
@@ -335,7 +336,7 @@ def test_eva_and_bert_are_what_stage_1_starts_from(vit, bert, capsys):
         np.testing.assert_array_equal(tensor, weights[key], err_msg=key)
     words = bert[0].embeddings.word_embeddings.weight.detach().numpy()
     np.testing.assert_array_equal(after["qformer/words"][:WORDS], words)
-    np.testing.assert_array_equal(after["qformer/words"][WORDS], before["qformer/words"][WORDS])
+    np.testing.assert_array_equal(after["qformer/words"][WORDS:], before["qformer/words"][WORDS:])
     fresh = {k for k in before if "cross/" in k or "proj/" in k}
     fresh |= {"qformer/query_tokens", "ln_vision/scale", "ln_vision/bias", "temperature"}
     told = capsys.readouterr().out
@@ -368,6 +369,23 @@ def test_blip2_of_transformers_starts_stage_1(blip2, bert, capsys):
     else:
         left = "temperature, text_proj/bias, text_proj/kernel, vision_proj/bias, vision_proj/kernel"
         assert told.endswith(f"hold it: {left}\n")
+
+
+def test_each_device_gets_its_share(vit, bert):
+    task = stage1(vit[1], bert[1] / "ours", tokenizer=str(bert[1] / "theirs"))
+    model = random_weights(lambda: task.build(rngs=nnx.Rngs(0)))
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    graphdef, state = nnx.split(model)
+    model = nnx.merge(graphdef, jax.device_put(state, sharding.tree_shardings(state, mesh)))
+    task.prepare(model, iter(()))
+    assert model.qformer.words is not None
+    table = model.qformer.words[...]
+    assert table.sharding.spec == PartitionSpec("tensor", "fsdp")
+    words = bert[0].embeddings.word_embeddings.weight.detach().numpy()
+    np.testing.assert_array_equal(table[:WORDS], words)
+    tensors = to_torch(nnx.state(model.vit), keys.eva_vit(VIT))
+    for key, tensor in tensors.items():
+        np.testing.assert_array_equal(tensor, vit[0][key], err_msg=key)
 
 
 def test_a_vit_of_another_resolution(vit, tmp_path):
