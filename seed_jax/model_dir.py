@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import shutil
 import types
 import typing
@@ -28,6 +29,7 @@ from seed_jax.models.layers import Compute
 C = TypeVar("C")
 M = TypeVar("M", bound=nnx.Module)
 FORMAT = 1
+READ_AT_ONCE = 2**28  # bytes; a larger parameter is read alone
 
 
 def save(
@@ -49,8 +51,8 @@ def save(
     """
     params = flat_params(nnx.state(module, nnx.Param))
     with replaced_when_whole(path) as partial:
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(partial / "params", params)
+        with _checkpointer() as checkpointer:
+            checkpointer.save(partial / "params", ocp.args.PyTreeSave(params))
         if add_files is not None:
             add_files(partial)
         files = {
@@ -234,8 +236,39 @@ def restore_params(
       UserError: a parameter is missing, unexpected or of another shape.
     """
     check_params(path, stored_shapes(path), target)
+    restored: dict[str, jax.Array] = {}
     with _open_params(path) as (checkpointer, folder):
-        return checkpointer.restore(folder, target)
+        for part in _parts(target):
+            arguments = ocp.checkpoint_utils.construct_restore_args(part)
+            restored |= checkpointer.restore(
+                folder, ocp.args.PyTreeRestore(part, arguments, partial_restore=True)
+            )
+    return restored
+
+
+def _parts(target: dict[str, jax.ShapeDtypeStruct]) -> Iterator[dict[str, jax.ShapeDtypeStruct]]:
+    """What to read at once: as much as is in the way while it is read.
+
+    The largest come first, when there is most room; later ones add little.
+    """
+    part: dict[str, jax.ShapeDtypeStruct] = {}
+    size = 0
+    for name in sorted(target, key=lambda name: (-_bytes(target[name]), name)):
+        if part and size + _bytes(target[name]) > READ_AT_ONCE:
+            yield part
+            part, size = {}, 0
+        part[name] = target[name]
+        size += _bytes(target[name])
+    yield part
+
+
+def _bytes(array: jax.ShapeDtypeStruct) -> int:
+    return math.prod(array.shape) * array.dtype.itemsize
+
+
+def _checkpointer() -> ocp.Checkpointer:
+    # Weights hardly compress; as they are, they go to the disk without a copy in memory.
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
 
 
 def stored_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
@@ -246,10 +279,10 @@ def stored_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
 
 
 @contextlib.contextmanager
-def _open_params(path: str | Path) -> Iterator[tuple[ocp.StandardCheckpointer, Path]]:
+def _open_params(path: str | Path) -> Iterator[tuple[ocp.Checkpointer, Path]]:
     folder = Path(path).absolute() / "params"
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
+        with _checkpointer() as checkpointer:
             yield checkpointer, folder
     except (ValueError, OSError, KeyError) as error:
         reason = str(error).splitlines()[0]
