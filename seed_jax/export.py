@@ -24,6 +24,7 @@ from flax import nnx
 from seed_jax import cli, model_dir, seed_opt
 from seed_jax.cli import UserError
 from seed_jax.diffusion import check_width, refuse_one_vector
+from seed_jax.drawing import usual_guidance_scale
 from seed_jax.interop import diffusers_folder, keys, seed_opt_folders, state_dict, torch_io
 from seed_jax.models import teacher
 from seed_jax.models.layers import Compute
@@ -141,6 +142,7 @@ def export_diffusers(args: argparse.Namespace, folder: Path) -> str:
         "reverse_depth": config.generation.depth,
         "reverse_heads": config.reverse_qformer.heads,
         "cross_attention_every": config.reverse_qformer.cross_attention_every,
+        "guidance_scale": usual_guidance_scale(diffusion),
     }
     (folder / "generation.json").write_text(json.dumps(sizes, indent=2) + "\n")
     shutil.copytree(diffusion or teacher.PACKAGED, folder / "stable_diffusion")

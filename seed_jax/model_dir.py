@@ -29,7 +29,7 @@ from seed_jax.models.layers import Compute
 C = TypeVar("C")
 M = TypeVar("M", bound=nnx.Module)
 FORMAT = 1
-READ_AT_ONCE = 2**28  # bytes; a larger parameter is read alone
+READ_AT_ONCE = 2**26  # bytes; a larger parameter is read alone
 
 
 def save(

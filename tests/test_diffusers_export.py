@@ -65,6 +65,19 @@ def test_pytorch_embeds_and_draws_what_we_do(model, tmp_path):
     assert drawn[0].std() > 5
 
 
+def test_the_script_goes_as_far_as_suits_the_model(model, tmp_path):
+    arguments = ["--model", str(model), "--format", "diffusers", "--output"]
+    export.main([*arguments, str(tmp_path / "packaged")])
+    # Any other one is taken to be of Stable Diffusion's size.
+    own = str(tmp_path / "packaged/stable_diffusion")
+    export.main([*arguments, str(tmp_path / "other"), "--diffusion", own])
+    told = {
+        name: json.loads((tmp_path / name / "generation.json").read_text())["guidance_scale"]
+        for name in ("packaged", "other")
+    }
+    assert told == {"packaged": 2.0, "other": 7.5}
+
+
 def test_widths_must_fit(tmp_path):
     other = save_tokenizer(tmp_path / "other")
     arguments = ["--format", "diffusers", "--output", str(tmp_path / "pt")]

@@ -3,10 +3,13 @@
 The only module of the package that imports torch.
 """
 
+import ctypes
 import dataclasses
 import json
 import math
+import mmap
 import pickle
+import sys
 import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -129,9 +132,8 @@ def _read_torch(path: Path) -> dict[str, StoredTensor]:
         with warnings.catch_warnings():
             # It warns of pickles that torch did not write, which it then refuses.
             warnings.simplefilter("ignore")
-            loaded = torch.load(
-                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-            )
+            mapped = zipfile.is_zipfile(path)
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path} is refused: it holds more than tensors, and reading it could run code "
@@ -155,11 +157,29 @@ def _read_torch(path: Path) -> dict[str, StoredTensor]:
             return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
         return tensor.numpy()
 
+    def read(tensor: Any) -> np.ndarray:
+        array = numpy(tensor)
+        if mapped:
+            array = array.copy()
+            _let_go(tensor.untyped_storage())
+        return array
+
     return {
         # The type of an empty tensor, since to make one of all is to read it.
-        key: StoredTensor(tuple(v.shape), numpy(v.new_empty(0)).dtype, partial(numpy, v), path)
+        key: StoredTensor(tuple(v.shape), numpy(v.new_empty(0)).dtype, partial(read, v), path)
         for key, v in loaded.items()
     }
+
+
+def _let_go(storage: Any) -> None:
+    """Gives back the memory that a mapped storage took when it was read; the file still has it."""
+    page = mmap.PAGESIZE
+    start = -(-storage.data_ptr() // page) * page
+    length = storage.data_ptr() + storage.nbytes() - start
+    if length >= page and sys.platform == "linux":
+        ctypes.CDLL(None).madvise(
+            ctypes.c_void_p(start), ctypes.c_size_t(length // page * page), mmap.MADV_DONTNEED
+        )
 
 
 def _damaged(path: Path, error: Exception) -> UserError:
