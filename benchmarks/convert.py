@@ -23,7 +23,8 @@ import numpy as np
 from flax import nnx
 
 from seed_jax.interop import keys, torch_io
-from seed_jax.interop.state_dict import LazyTensor, key_shapes
+from seed_jax.interop.state_dict import key_shapes
+from seed_jax.lazy import LazyTensor
 from seed_jax.models.layers import Compute
 from seed_jax.models.tokenizer import SeedTokenizer, TokenizerConfig
 

@@ -7,6 +7,7 @@ DIR/text_tokenizer/    what `transformers.AutoTokenizer` loads
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -24,6 +25,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from seed_jax.cli import UserError
+from seed_jax.lazy import LazyTensor
 from seed_jax.models.layers import Compute
 
 C = TypeVar("C")
@@ -237,13 +239,48 @@ def restore_params(
     """
     check_params(path, stored_shapes(path), target)
     restored: dict[str, jax.Array] = {}
-    with _open_params(path) as (checkpointer, folder):
-        for part in _parts(target):
-            arguments = ocp.checkpoint_utils.construct_restore_args(part)
-            restored |= checkpointer.restore(
-                folder, ocp.args.PyTreeRestore(part, arguments, partial_restore=True)
-            )
+    for part in _parts(target):
+        restored |= _restore(path, part)
     return restored
+
+
+def lazy_params(path: str | Path, params: nnx.State) -> dict[str, LazyTensor]:
+    """A directory's parameters by name, each of which is read when it is asked for.
+
+    Only the last one that was read stays in memory.
+
+    Args:
+      params: the state of an abstract module.
+
+    Raises:
+      UserError: a parameter is missing, unexpected or of another shape.
+    """
+    device = SingleDeviceSharding(jax.local_devices()[0])
+    target = {
+        name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device)
+        for name, a in flat_params(params).items()
+    }
+    check_params(path, stored_shapes(path), target)
+    held: dict[str, np.ndarray] = {}
+
+    def read(name: str) -> np.ndarray:
+        if name not in held:
+            held.clear()
+            held[name] = np.asarray(_restore(path, {name: target[name]})[name])
+        return held[name]
+
+    return {
+        name: LazyTensor(a.shape, np.dtype(a.dtype), functools.partial(read, name))
+        for name, a in target.items()
+    }
+
+
+def _restore(path: str | Path, target: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    arguments = ocp.checkpoint_utils.construct_restore_args(target)
+    with _open_params(path) as (checkpointer, folder):
+        return checkpointer.restore(
+            folder, ocp.args.PyTreeRestore(target, arguments, partial_restore=True)
+        )
 
 
 def _parts(target: dict[str, jax.ShapeDtypeStruct]) -> Iterator[dict[str, jax.ShapeDtypeStruct]]:

@@ -20,6 +20,7 @@ from flax import nnx
 from tqdm import tqdm
 
 from seed_jax.cli import UserError
+from seed_jax.lazy import LazyTensor
 from seed_jax.model_dir import flat_params, unflatten_params
 from seed_jax.models.vit import interpolate_positions
 
@@ -36,26 +37,6 @@ class ArrayLike(Protocol):
     def shape(self) -> Any: ...
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class LazyTensor:
-    """A tensor that is made, or read, each time it is asked for: `np.asarray` does so.
-
-    Attributes:
-      shape, dtype: known before.
-    """
-
-    shape: Shape
-    dtype: np.dtype
-    read: Callable[[], np.ndarray] = dataclasses.field(repr=False)
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        """See numpy's array protocol."""
-        return np.array(self.read(), dtype=dtype, copy=copy)
-
-    def astype(self, dtype: Any) -> "LazyTensor":
-        return LazyTensor(self.shape, np.dtype(dtype), lambda: self.read().astype(dtype))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,16 +194,22 @@ def to_torch(params: nnx.State, table: Table) -> dict[str, np.ndarray]:
     return {key: np.asarray(tensor) for key, tensor in lazy_torch(params, table).items()}
 
 
-def lazy_torch(params: nnx.State, table: Table) -> dict[str, LazyTensor]:
-    """As `to_torch`, but each tensor is made when it is asked for, to be written and let go."""
-    # On a CPU, numpy looks at JAX's memory and copies nothing.
-    flat = {path: np.asarray(array) for path, array in flat_params(params).items()}
+def lazy_torch(params: nnx.State | Mapping[str, Any], table: Table) -> dict[str, LazyTensor]:
+    """As `to_torch`, but each tensor is made when it is asked for, to be written and let go.
+
+    Those of a row follow one another, so that parameters can be read one at a time.
+
+    Args:
+      params: a state, or what `model_dir.lazy_params` finds.
+    """
+    flat: Mapping[str, Any] = flat_params(params) if isinstance(params, nnx.State) else params
 
     def make(row: Row, layer: int) -> np.ndarray:
-        parts = {
-            path: row.layout.to_torch(flat[path] if row.layers is None else flat[path][layer])
-            for path in row.paths()
-        }
+        parts = {}
+        for path in row.paths():
+            # On a CPU, numpy looks at JAX's memory and copies nothing.
+            array = np.asarray(flat[path])
+            parts[path] = row.layout.to_torch(array if row.layers is None else array[layer])
         if len(row.ours) == 1:
             return np.asarray(parts[row.paths()[0]], order="C")
         zeros = np.zeros_like(parts[row.paths()[0]])

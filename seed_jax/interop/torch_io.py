@@ -23,7 +23,7 @@ import safetensors
 from tqdm import tqdm
 
 from seed_jax.cli import UserError
-from seed_jax.interop.state_dict import LazyTensor
+from seed_jax.lazy import LazyTensor
 
 # What published checkpoints wrap their state dict in.
 WRAPPERS = ("model", "state_dict")
@@ -202,8 +202,8 @@ def write_safetensors(
     The library's own writer wants all tensors in memory, and copies them once more.
     """
     names = {dtype: name for name, dtype in DTYPES.items()}
-    # Wide types first, which aligns all, as readers expect.
-    order = sorted(tensors, key=lambda key: (-tensors[key].dtype.itemsize, key))
+    # Wide types first, which aligns all, as readers expect; else as given.
+    order = sorted(tensors, key=lambda key: -tensors[key].dtype.itemsize)
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for key in order:
