@@ -29,15 +29,18 @@ def read_config(folder: Path, model_type: str) -> dict[str, Any]:
     file = folder / CONFIG
     if not file.is_file():
         raise UserError(
-            f"{file} is missing; name a folder with a {model_type} model as transformers saves it"
+            f"{file} is missing; name a folder with a model of type {model_type} as transformers "
+            "saves it"
         )
     try:
         values = json.loads(file.read_text())
         found = values["model_type"]
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is not the config of a {model_type} model ({error!r})") from None
+        raise UserError(
+            f"{file} is not the config of a model of type {model_type} ({error!r})"
+        ) from None
     if found != model_type:
-        raise UserError(f"{file} describes a {found} model, not a {model_type} model")
+        raise UserError(f"{file} describes a model of type {found}, not {model_type}")
     return values
 
 
