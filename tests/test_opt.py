@@ -183,7 +183,7 @@ def test_mistakes_cost_one_line(folder):
     index.write_text("{}")
     load("is not an index of weights")
     (folder / "config.json").write_text('{"model_type": "gpt2"}')
-    load("describes a gpt2 model, not an opt model")
+    load("describes a model of type gpt2, not opt")
     (folder / "config.json").write_text('{"model_type": "opt"}')
     load("is not the config of an OPT")
     (folder / "config.json").unlink()

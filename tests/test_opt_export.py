@@ -15,6 +15,7 @@ from seed_jax.cli import UserError
 from seed_jax.data.text import load_tokenizer
 from seed_jax.interop import opt_weights
 from seed_jax.interop.seed_opt_folders import code_token
+from seed_jax.interop.torch_io import read_weights
 from seed_jax.models.generation import Decoding
 from seed_jax.models.layers import Compute
 from seed_jax.models.lora import LoRAConfig
@@ -151,6 +152,13 @@ def test_peft_adds_our_adapters(model, tmp_path):
     assert len(expected) == len(found) == 6
     for path, value in expected:
         np.testing.assert_array_equal(found[path][...], value[...], err_msg=str(path))
+    # And out once more, bit by bit.
+    again = nnx.state(back, nnx.LoRAParam)
+    opt_weights.save_peft(again, back.config, tmp_path / "again", base="base")
+    first, second = (read_weights(tmp_path / n / opt_weights.PEFT_FILE) for n in ("peft", "again"))
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert np.asarray(tensor).tobytes() == np.asarray(second[name]).tobytes(), name
 
 
 def test_what_is_refused(model, tmp_path):
