@@ -169,7 +169,7 @@ def peft(options: Options) -> Converted:
     return dataclasses.replace(base, config=module.config, module=module, used=used)
 
 
-# What each needs of the options beyond --weights.
+# By source: what reads it, and the options that mean something to it beside --weights.
 SOURCES: dict[str, tuple[Callable[[Options], Converted], tuple[str, ...]]] = {
     "seed1": (tokenizer, ("vit", "image_size", "text_tokenizer")),
     "seed2": (tokenizer, ("vit", "image_size", "text_tokenizer")),
@@ -219,7 +219,8 @@ class Files:
 
 def _opt(folder: Path, config: OPTConfig, tensors: Mapping[str, StoredTensor]) -> Converted:
     """An OPT, kept in the type that its file has."""
-    stored = reduce(jnp.promote_types, [tensor.dtype for tensor in tensors.values()])
+    types = [tensor.dtype for tensor in tensors.values()]
+    stored = reduce(jnp.promote_types, types) if types else None
     module = opt_weights.load(folder, tensors=tensors, config=config, stored=stored)
     used, ignored = _used(tensors, opt_weights.opt(config))
     return Converted(base_opt.KIND, config, module, used, ignored, _words_of(folder))
