@@ -5,8 +5,8 @@
 
 Hardware: 64 V100. Data: 5M image-text pairs (CC3M, Unsplash, COCO). SHARDS is a folder of
 ArrayRecord shards or of pictures with captions; MODEL_DIR a causal encoder with BLIP-2's stage-1
-weights. The paper gives neither batch size nor learning rate; those here are of the
-follow-up's published code.
+weights, or a ViT and a BERT, which BLIP-2 started from (docs/weights.md). The paper gives neither
+batch size nor learning rate; those here are of the follow-up's published code.
 """
 
 from ml_collections import ConfigDict
@@ -27,13 +27,17 @@ def get_config() -> ConfigDict:
     config.mesh = ConfigDict(
         {"data": -1, "fsdp": 1, "tensor": 1}
     )  # devices an axis; -1 takes the rest
-    config.init = ""  # model directory to start from; needed unless the ViT trains
+    # Model directories to start from, split by commas; where two hold the same, the later one wins.
+    # Needed unless the ViT trains. What none of them holds starts from chance.
+    config.init = ""
     config.train_vit = False  # the paper keeps the ViT frozen
-    config.first_scale = ConfigDict(  # without init: what some weights are first multiplied by
-        {
-            "queries": 1.0,  # more sharpens the queries' first look at the picture
-            "words": 1.0,  # word embeddings; rare words keep theirs
-        }
+    config.first_scale = (
+        ConfigDict(  # what some weights are first multiplied by if they come from chance
+            {
+                "queries": 1.0,  # more sharpens the queries' first look at the picture
+                "words": 1.0,  # word embeddings; rare words keep theirs
+            }
+        )
     )
     config.tokenizer = "bert-base-uncased"  # hub name or folder; "" is the packaged small one
 

@@ -3,8 +3,9 @@
     python -m seed_jax.train --config configs/seed_opt.py --workdir runs/seed_opt \
         --config.data.path=SHARDS --config.init=runs/codebook/model --config.opt=OPT_DIR
 
-Hardware: 64 V100 (the paper's took 44 hours). OPT_DIR is OPT-2.7B as transformers saves it. Rank,
-learning rate and its like are of the follow-up's published code; the paper gives none. With
+Hardware: 64 V100 (the paper's took 44 hours). OPT_DIR is OPT-2.7B as transformers saves it, or what
+seed_jax.convert made of one. Rank, learning rate and its like are of the follow-up's published
+code; the paper gives none. With
 --config.codes=codes.jsonl, which `seed_jax.tokenize` writes, no picture is read and no ViT runs.
 """
 
@@ -20,7 +21,9 @@ def get_config() -> ConfigDict:
     config.steps = 20_000
     config.batch_size = 64 * 64  # pictures in a step, all devices together
     config.init = ""  # stage 2's model directory: the tokenizer
-    config.opt = "opt-2.7b"  # folder of the base; "" is the packaged tiny one
+    config.opt = (
+        "opt-2.7b"  # folder of the base, or its model directory; "" is the packaged tiny one
+    )
     config.codes = ""  # codes.jsonl of all pictures; "" computes codes in the step
     config.train_words = False  # also train the word embeddings of the base
     del config.train_vit, config.first_scale, config.tokenizer, config.loss

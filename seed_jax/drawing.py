@@ -70,11 +70,20 @@ def add_arguments(
     group.add_argument("--precision", choices=PRECISIONS, default="float32", help="of the U-Net")
 
 
+def usual_guidance_scale(diffusion: str) -> float:
+    """How far to go where nobody says.
+
+    Args:
+      diffusion: what `--diffusion` names; '' for the packaged model.
+    """
+    return GUIDANCE_SCALE if diffusion else PACKAGED_GUIDANCE_SCALE
+
+
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     """What the options say to `StableDiffusion.draw`."""
     guidance_scale = args.guidance_scale
     if guidance_scale is None:
-        guidance_scale = GUIDANCE_SCALE if args.diffusion else PACKAGED_GUIDANCE_SCALE
+        guidance_scale = usual_guidance_scale(args.diffusion)
     return {
         "steps": args.steps,
         "scheduler": args.scheduler,

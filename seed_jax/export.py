@@ -19,16 +19,17 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import safetensors.numpy
 from flax import nnx
 
 from seed_jax import cli, model_dir, seed_opt
 from seed_jax.cli import UserError
 from seed_jax.diffusion import check_width, refuse_one_vector
+from seed_jax.drawing import usual_guidance_scale
 from seed_jax.interop import diffusers_folder, keys, seed_opt_folders, state_dict, torch_io
+from seed_jax.lazy import LazyTensor
 from seed_jax.models import teacher
 from seed_jax.models.layers import Compute
-from seed_jax.models.tokenizer import SeedTokenizer
+from seed_jax.models.tokenizer import SeedTokenizer, TokenizerConfig
 from seed_jax.tasks import codebook
 
 STEM = "seed_tokenizer"
@@ -77,14 +78,14 @@ def export_seed(args: argparse.Namespace, folder: Path) -> str:
       UserError: no such model, or torch is wanted and not installed.
     """
     description = model_dir.describe_kind(args.model, codebook.KIND)
-    tokenizer = SeedTokenizer.from_pretrained(args.model)
-    config = tokenizer.config
+    config = model_dir.from_dict(TokenizerConfig, description["config"])
     make_table = keys.seed2_tokenizer if config.generation.one_vector else keys.seed1_tokenizer
     table = make_table(config)
-    tensors = state_dict.to_torch(nnx.state(tokenizer, nnx.Param), table)
-    safetensors.numpy.save_file(tensors, folder / f"{STEM}.safetensors")
+    tensors = state_dict.lazy_torch(_lazy_params(args.model, config), table)
+    file = folder / f"{STEM}.safetensors"
+    torch_io.write_safetensors(tensors, file)
     if args.pt:
-        torch_io.write_torch(tensors, folder / f"{STEM}.pt")
+        torch_io.write_torch(torch_io.read_weights(file), folder / f"{STEM}.pt")
     _write_card(folder, "A SEED image tokenizer", SEED_TEXT.format(table=table.name), description)
     return f"{len(tensors)} tensors under the keys of {table.name}"
 
@@ -122,23 +123,23 @@ def export_diffusers(args: argparse.Namespace, folder: Path) -> str:
     """
     model, diffusion = args.model, args.diffusion
     description = model_dir.describe_kind(model, codebook.KIND)
-    tokenizer = SeedTokenizer.from_pretrained(model)
-    config = tokenizer.config
+    config = model_dir.from_dict(TokenizerConfig, description["config"])
     refuse_one_vector(config.generation, model)
     if diffusion and not Path(diffusion).is_dir():
         raise UserError(f"--diffusion {diffusion}: no such directory; download the model first")
     unet = diffusers_folder.read_unet(diffusion, compute=Compute())
     drawer = diffusion or "the packaged Stable Diffusion"
     check_width(config.generation, model, unet.config.cross_attention_dim, drawer)
-    named = state_dict.to_torch(nnx.state(tokenizer, nnx.Param), keys.seed1_tokenizer(config))
+    named = state_dict.lazy_torch(_lazy_params(model, config), keys.seed1_tokenizer(config))
     tensors = {key: named[key] for key in named if key.startswith(keys.GENERATION)}
-    safetensors.numpy.save_file(tensors, folder / "generation.safetensors")
+    torch_io.write_safetensors(tensors, folder / "generation.safetensors")
     sizes = {
         "decoder_depth": config.decoder_depth,
         "decoder_heads": config.decoder_heads,
         "reverse_depth": config.generation.depth,
         "reverse_heads": config.reverse_qformer.heads,
         "cross_attention_every": config.reverse_qformer.cross_attention_every,
+        "guidance_scale": usual_guidance_scale(diffusion),
     }
     (folder / "generation.json").write_text(json.dumps(sizes, indent=2) + "\n")
     shutil.copytree(diffusion or teacher.PACKAGED, folder / "stable_diffusion")
@@ -148,6 +149,11 @@ def export_diffusers(args: argparse.Namespace, folder: Path) -> str:
     )
     _write_card(folder, "From SEED's codes to pictures", text, description)
     return f"{len(tensors)} tensors, a Stable Diffusion, and {DRAWING_SCRIPT.name}"
+
+
+def _lazy_params(path: Path, config: TokenizerConfig) -> dict[str, LazyTensor]:
+    empty = nnx.eval_shape(lambda: SeedTokenizer(config, compute=Compute(), rngs=nnx.Rngs(0)))
+    return model_dir.lazy_params(path, nnx.state(empty, nnx.Param))
 
 
 def _write_card(folder: Path, title: str, text: str, description: dict[str, Any]) -> None:

@@ -7,12 +7,14 @@ DIR/text_tokenizer/    what `transformers.AutoTokenizer` loads
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
+import math
 import shutil
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,14 +22,16 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from seed_jax.cli import UserError
+from seed_jax.lazy import LazyTensor
 from seed_jax.models.layers import Compute
 
 C = TypeVar("C")
 M = TypeVar("M", bound=nnx.Module)
 FORMAT = 1
+READ_AT_ONCE = 2**26  # bytes; a larger parameter is read alone
 
 
 def save(
@@ -49,8 +53,8 @@ def save(
     """
     params = flat_params(nnx.state(module, nnx.Param))
     with replaced_when_whole(path) as partial:
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(partial / "params", params)
+        with _checkpointer() as checkpointer:
+            checkpointer.save(partial / "params", ocp.args.PyTreeSave(params))
         if add_files is not None:
             add_files(partial)
         files = {
@@ -178,6 +182,43 @@ def load_into(module: nnx.Module, path: str | Path, kind: str) -> None:
     nnx.update(module, unflatten_params(state, restore_params(path, target)))
 
 
+def load_part(
+    module: nnx.Module, path: str | Path, kind: str, *, tables: Collection[str] = ()
+) -> set[str]:
+    """As `load_into`, but the directory may hold fewer parameters than the module.
+
+    Args:
+      tables: parameters of which it may hold the first rows alone.
+
+    Returns:
+      the names of those that were replaced, as in `flat_params`.
+    """
+    describe_kind(path, kind)
+    state = nnx.state(module, nnx.Param)
+    flat = flat_params(state)
+    target, short = {}, set()
+    for name, shape in stored_shapes(path).items():
+        if name not in flat:
+            raise UserError(f"{path} holds {name}, which the model has no place for")
+        old = flat[name]
+        target[name] = jax.ShapeDtypeStruct(old.shape, old.dtype, sharding=old.sharding)
+        if name in tables and shape[1:] == old.shape[1:] and shape[0] < old.shape[0]:
+            short.add(name)
+            # Its rows may not divide by the mesh as the module's do.
+            whole = (
+                NamedSharding(old.sharding.mesh, PartitionSpec())
+                if isinstance(old.sharding, NamedSharding)
+                else old.sharding
+            )
+            target[name] = jax.ShapeDtypeStruct(shape, old.dtype, sharding=whole)
+    loaded = restore_params(path, target)
+    for name in short:
+        old, rows = flat[name], loaded[name]
+        loaded[name] = jax.device_put(old.at[: len(rows)].set(rows), old.sharding)
+    nnx.update(module, unflatten_params(state, flat | loaded))
+    return set(loaded)
+
+
 def replace_params(module: nnx.Module, params: nnx.State) -> None:
     """Puts `params` in the place of a module's, keeping shardings and types."""
     placed = jax.tree.map(
@@ -196,12 +237,90 @@ def restore_params(
     Raises:
       UserError: a parameter is missing, unexpected or of another shape.
     """
+    check_params(path, stored_shapes(path), target)
+    restored: dict[str, jax.Array] = {}
+    for part in _parts(target):
+        restored |= _restore(path, part)
+    return restored
+
+
+def lazy_params(path: str | Path, params: nnx.State) -> dict[str, LazyTensor]:
+    """A directory's parameters by name, each of which is read when it is asked for.
+
+    Only the last one that was read stays in memory.
+
+    Args:
+      params: the state of an abstract module.
+
+    Raises:
+      UserError: a parameter is missing, unexpected or of another shape.
+    """
+    device = SingleDeviceSharding(jax.local_devices()[0])
+    target = {
+        name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device)
+        for name, a in flat_params(params).items()
+    }
+    check_params(path, stored_shapes(path), target)
+    held: dict[str, np.ndarray] = {}
+
+    def read(name: str) -> np.ndarray:
+        if name not in held:
+            held.clear()
+            held[name] = np.asarray(_restore(path, {name: target[name]})[name])
+        return held[name]
+
+    return {
+        name: LazyTensor(a.shape, np.dtype(a.dtype), functools.partial(read, name))
+        for name, a in target.items()
+    }
+
+
+def _restore(path: str | Path, target: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    arguments = ocp.checkpoint_utils.construct_restore_args(target)
+    with _open_params(path) as (checkpointer, folder):
+        return checkpointer.restore(
+            folder, ocp.args.PyTreeRestore(target, arguments, partial_restore=True)
+        )
+
+
+def _parts(target: dict[str, jax.ShapeDtypeStruct]) -> Iterator[dict[str, jax.ShapeDtypeStruct]]:
+    """What to read at once: as much as is in the way while it is read.
+
+    The largest come first, when there is most room; later ones add little.
+    """
+    part: dict[str, jax.ShapeDtypeStruct] = {}
+    size = 0
+    for name in sorted(target, key=lambda name: (-_bytes(target[name]), name)):
+        if part and size + _bytes(target[name]) > READ_AT_ONCE:
+            yield part
+            part, size = {}, 0
+        part[name] = target[name]
+        size += _bytes(target[name])
+    yield part
+
+
+def _bytes(array: jax.ShapeDtypeStruct) -> int:
+    return math.prod(array.shape) * array.dtype.itemsize
+
+
+def _checkpointer() -> ocp.Checkpointer:
+    # Weights hardly compress; as they are, they go to the disk without a copy in memory.
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
+
+
+def stored_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of a directory's parameters by name."""
+    with _open_params(path) as (checkpointer, folder):
+        stored = checkpointer.metadata(folder).item_metadata.tree
+        return {name: tuple(value.shape) for name, value in stored.items()}
+
+
+@contextlib.contextmanager
+def _open_params(path: str | Path) -> Iterator[tuple[ocp.Checkpointer, Path]]:
     folder = Path(path).absolute() / "params"
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            stored = checkpointer.metadata(folder).item_metadata.tree
-            check_params(path, {k: v.shape for k, v in stored.items()}, target)
-            return checkpointer.restore(folder, target)
+        with _checkpointer() as checkpointer:
+            yield checkpointer, folder
     except (ValueError, OSError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{folder} can't be read: {reason}") from error

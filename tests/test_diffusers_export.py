@@ -4,14 +4,19 @@ import dataclasses
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from flax import nnx
 from PIL import Image
 
 from seed_jax import SeedTokenizer, export, model_dir
 from seed_jax.cli import UserError
+from seed_jax.interop import keys
+from seed_jax.interop.state_dict import to_torch
+from seed_jax.models.teacher import PACKAGED
 from seed_jax.models.tokenizer import GenerationConfig
 from tests.random_weights import random_weights
 from tests.tiny import CODES, QUERIES, TOKENIZER, save_tokenizer
@@ -63,6 +68,30 @@ def test_pytorch_embeds_and_draws_what_we_do(model, tmp_path):
     drawn = [np.asarray(Image.open(folder / "drawn" / f"{i}.png")) for i in range(2)]
     assert drawn[0].shape == drawn[1].shape == (64, 64, 3)
     assert drawn[0].std() > 5
+
+
+def test_the_script_goes_as_far_as_suits_the_model(model, tmp_path):
+    arguments = ["--model", str(model), "--format", "diffusers", "--output"]
+    export.main([*arguments, str(tmp_path / "packaged")])
+    # Any other one is taken to be of Stable Diffusion's size.
+    own = str(tmp_path / "packaged/stable_diffusion")
+    export.main([*arguments, str(tmp_path / "other"), "--diffusion", own])
+    told = {
+        name: json.loads((tmp_path / name / "generation.json").read_text())["guidance_scale"]
+        for name in ("packaged", "other")
+    }
+    assert told == {"packaged": 2.0, "other": 7.5}
+
+    # What it draws from is the tokenizer's, and what it draws by the directory's, bit by bit.
+    tokenizer = SeedTokenizer.from_pretrained(model)
+    named = to_torch(nnx.state(tokenizer), keys.seed1_tokenizer(SIZES))
+    written = safetensors.numpy.load_file(tmp_path / "packaged/generation.safetensors")
+    assert written.keys() == {key for key in named if key.startswith(keys.GENERATION)}
+    for key, tensor in written.items():
+        assert tensor.tobytes() == named[key].tobytes(), key
+    for file in Path(own).rglob("*.safetensors"):
+        copied = tmp_path / "other/stable_diffusion" / file.relative_to(own)
+        assert copied.read_bytes() == (PACKAGED / file.relative_to(own)).read_bytes()
 
 
 def test_widths_must_fit(tmp_path):

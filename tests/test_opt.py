@@ -179,11 +179,11 @@ def test_mistakes_cost_one_line(folder):
     load("opt has no weights; it should have model.safetensors")
     index = folder / "model.safetensors.index.json"
     index.write_text('{"weight_map": {"a": "gone.safetensors"}}')
-    load("gone.safetensors is not a file")
+    load(r"gone\.safetensors is missing, which .*index\.json names; download the rest")
     index.write_text("{}")
     load("is not an index of weights")
     (folder / "config.json").write_text('{"model_type": "gpt2"}')
-    load("describes a gpt2 model, not an opt model")
+    load("describes a model of type gpt2, not opt")
     (folder / "config.json").write_text('{"model_type": "opt"}')
     load("is not the config of an OPT")
     (folder / "config.json").unlink()

@@ -9,11 +9,12 @@ from flax import nnx
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from seed_jax import SeedOPT, convert, export, model_dir
+from seed_jax import SeedOPT, base_opt, convert, export, model_dir
 from seed_jax.cli import UserError
 from seed_jax.data.text import load_tokenizer
 from seed_jax.interop import opt_weights
 from seed_jax.interop.seed_opt_folders import code_token
+from seed_jax.interop.torch_io import read_weights
 from seed_jax.models.generation import Decoding
 from seed_jax.models.layers import Compute
 from seed_jax.models.opt import OPT, OPTConfig
@@ -84,7 +85,7 @@ def test_it_comes_back(model, tmp_path, capsys):
     arguments = ["--source", "opt", "--weights", str(tmp_path / "hf")]
     convert.main([*arguments, "--output", str(tmp_path / "back")])
     assert "none missing" in capsys.readouterr().out
-    back = model_dir.load(tmp_path / "back", convert.OPT_KIND, OPTConfig, OPT, Compute())
+    back = model_dir.load(tmp_path / "back", base_opt.KIND, OPTConfig, OPT, Compute())
     ids = some_ids(back.config.vocab_size)
     np.testing.assert_allclose(
         back(ids, np.ones_like(ids)), merged(ours(model))(ids, np.ones_like(ids)), atol=1e-5
@@ -108,13 +109,20 @@ def test_peft_adds_our_adapters(model, tmp_path):
         convert.main([*arguments, "--output", str(tmp_path / "back")])
     base_folder = str(tmp_path / "peft/base")
     convert.main([*arguments, "--base", base_folder, "--output", str(tmp_path / "back")])
-    back = model_dir.load(tmp_path / "back", convert.OPT_KIND, OPTConfig, OPT, Compute())
+    back = model_dir.load(tmp_path / "back", base_opt.KIND, OPTConfig, OPT, Compute())
     assert back.config.lora == dataclasses.replace(SIZES.lora)
     expected = nnx.to_flat_state(nnx.state(ours(model).opt, nnx.LoRAParam))
     found = dict(nnx.to_flat_state(nnx.state(back, nnx.LoRAParam)))
     assert len(expected) == len(found) == 6
     for path, value in expected:
         np.testing.assert_array_equal(found[path][...], value[...], err_msg=str(path))
+    # And out once more, bit by bit.
+    again = nnx.state(back, nnx.LoRAParam)
+    opt_weights.save_peft(again, back.config, tmp_path / "again", base="base")
+    first, second = (read_weights(tmp_path / n / opt_weights.PEFT_FILE) for n in ("peft", "again"))
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert np.asarray(tensor).tobytes() == np.asarray(second[name]).tobytes(), name
 
 
 def test_what_is_refused(model, tmp_path):

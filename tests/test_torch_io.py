@@ -64,6 +64,18 @@ class Code:
         return os.mkdir, (str(self.path),)
 
 
+def test_a_tensor_can_be_read_again(tmp_path):
+    import torch
+
+    # Longer than a page of memory, which goes back to the system once it was read.
+    values = torch.arange(50_000.0)
+    torch.save({"whole": values, "part": values[5:20_005]}, tmp_path / "a.pth")
+    weights = read_weights(tmp_path / "a.pth")
+    for _ in range(2):
+        np.testing.assert_array_equal(weights["whole"], values.numpy())
+        np.testing.assert_array_equal(weights["part"], values[5:20_005].numpy())
+
+
 @pytest.mark.parametrize("how", ["torch", "torch, old format", "pickle"])
 def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, how):
     import torch

@@ -1,9 +1,10 @@
 """Draws pictures from SEED's visual codes with PyTorch and diffusers alone.
 
-    python draw_from_codes.py codes.jsonl pictures/ [--steps 50] [--guidance-scale 7.5]
+    python draw_from_codes.py codes.jsonl pictures/ [--steps 50] [--guidance-scale X]
 
 codes.jsonl has a line like {"image": "cat.png", "codes": [12, 7, ...]} a picture. Beside this file
-lie `generation.safetensors`, `generation.json` and `stable_diffusion/`.
+lie `generation.safetensors`, `generation.json` and `stable_diffusion/`; the second tells sizes and
+the guidance scale that suits the model.
 
 Shapes in names: B batch, Q codes a picture, T tokens, D width, G generation embeddings.
 """
@@ -88,10 +89,10 @@ def main() -> None:
     parser.add_argument("codes", type=Path, help="codes.jsonl")
     parser.add_argument("output", type=Path, help="folder for the pictures")
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--guidance-scale", type=float, default=7.5)
+    embed = GenerationEmbeddings()
+    parser.add_argument("--guidance-scale", type=float, default=embed.sizes["guidance_scale"])
     args = parser.parse_args()
 
-    embed = GenerationEmbeddings()
     pipeline = StableDiffusionPipeline.from_pretrained(HERE / "stable_diffusion")
     args.output.mkdir(parents=True, exist_ok=True)
     for line in args.codes.read_text().splitlines():

@@ -5,14 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
 from flax import nnx
 
 from seed_jax import model_dir
 from seed_jax.interop import diffusers_weights, state_dict
 from seed_jax.interop.diffusers_folder import find_weights
 from seed_jax.interop.state_dict import ArrayLike, Row, Table
-from seed_jax.interop.torch_io import INDEX_SUFFIX, read_weights
+from seed_jax.interop.torch_io import INDEX_SUFFIX, read_weights, write_safetensors
 from seed_jax.models import teacher
 from seed_jax.models.teacher import TextTeacher
 
@@ -35,9 +34,9 @@ def save(encoder: TextTeacher, folder: Path) -> None:
     config = encoder.config.to_diff_dict() | facts
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     table = Table("a text encoder", diffusers_weights.rows(encoder))
-    named = state_dict.to_torch(nnx.state(encoder, nnx.Param), table)
-    tensors = {key: np.asarray(value, np.float16) for key, value in named.items()}
-    safetensors.numpy.save_file(tensors, folder / TORCH_FILE, metadata={"format": "pt"})
+    named = state_dict.lazy_torch(nnx.state(encoder, nnx.Param), table)
+    tensors = {key: tensor.astype(np.float16) for key, tensor in named.items()}
+    write_safetensors(tensors, folder / TORCH_FILE, metadata={"format": "pt"})
 
 
 def load_text_encoder(encoder: TextTeacher, path: str) -> None:

@@ -13,14 +13,13 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-import safetensors.numpy
 from flax import nnx, serialization, traverse_util
 
 from seed_jax import model_dir
 from seed_jax.cli import UserError
 from seed_jax.interop import state_dict
 from seed_jax.interop.state_dict import LINEAR, SAME, Layout, Row, Table
-from seed_jax.interop.torch_io import INDEX_SUFFIX, StoredTensor, read_weights
+from seed_jax.interop.torch_io import INDEX_SUFFIX, StoredTensor, read_weights, write_safetensors
 from seed_jax.models.layers import Compute
 from seed_jax.models.stable_diffusion import Autoencoder, UNet
 
@@ -88,10 +87,11 @@ def save(module: UNet | Autoencoder, folder: Path, *, dtype: Any = np.float16) -
         levels = len(module.config.block_out_channels)
         config["down_block_types"] = ["DownEncoderBlock2D"] * levels
         config["up_block_types"] = ["UpDecoderBlock2D"] * levels
-    tensors = {key: np.asarray(value, dtype) for key, value in to_torch(module).items()}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    safetensors.numpy.save_file(tensors, folder / TORCH_FILE, metadata={"format": "pt"})
+    named = state_dict.lazy_torch(nnx.state(module, nnx.Param), table(module))
+    tensors = {key: tensor.astype(dtype) for key, tensor in named.items()}
+    write_safetensors(tensors, folder / TORCH_FILE, metadata={"format": "pt"})
 
 
 def load(build: Callable[..., M], config: Any, file: Path, *, compute: Compute) -> M:

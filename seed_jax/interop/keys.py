@@ -304,6 +304,23 @@ def _feed_forward(layer: str, suffix: str, ours: str, layers: range) -> Rows:
     ]
 
 
+def bert(config: QFormerConfig) -> Table:
+    """A BERT under BertModel's names, as the text tower of a Q-Former without queries.
+
+    The queries' feed-forward path is a copy of the text's: rows of the same names, twice. What SEED
+    has no use for: token types, which BLIP-2 left out, the pooled first token, and the heads.
+    """
+    layers, layer = range(config.depth), "encoder.layer.{i}."
+    rows = _norm("embeddings.LayerNorm.", "norm/")
+    rows += _attention(f"{layer}attention.", "layers/attention/", layers)
+    rows += _feed_forward(layer, "", "layers/text_feed_forward/", layers)
+    rows += _feed_forward(layer, "", "layers/query_feed_forward/", layers)
+    rows.append(_one("embeddings.word_embeddings.weight", "words"))
+    rows.append(_one("embeddings.position_embeddings.weight", "positions"))
+    ignored = ("embeddings.token_type_embeddings.weight", "*.position_ids", "pooler.*", "cls.*")
+    return Table("bert", tuple(rows), ignored=ignored)
+
+
 def _position_ids(config: QFormerConfig, prefix: str) -> dict[str, np.ndarray]:
     return {f"{prefix}embeddings.position_ids": np.arange(config.max_positions)[None]}
 

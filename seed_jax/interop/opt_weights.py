@@ -8,26 +8,18 @@ from typing import Any
 
 import jax
 import numpy as np
-import safetensors.numpy
 from flax import nnx
 
 from seed_jax.cli import UserError
-from seed_jax.interop import state_dict
+from seed_jax.interop import state_dict, transformers_folder
 from seed_jax.interop.state_dict import LINEAR, SAME, ArrayLike, Layout, Row, Table
-from seed_jax.interop.torch_io import INDEX_SUFFIX, StoredTensor, read_weights
+from seed_jax.interop.torch_io import StoredTensor, write_safetensors
+from seed_jax.interop.transformers_folder import CONFIG, TORCH_FILE
 from seed_jax.models.layers import Compute
 from seed_jax.models.lora import LoRAConfig
 from seed_jax.models.opt import OPT, OPTConfig
 
-TORCH_FILE = "model.safetensors"
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-# In the order in which they are looked for; an index names the files of a model in pieces.
-FILES = (
-    f"{TORCH_FILE}{INDEX_SUFFIX}",
-    TORCH_FILE,
-    f"pytorch_model.bin{INDEX_SUFFIX}",
-    "pytorch_model.bin",
-)
 # Ours -> transformers'.
 LINEARS = {
     "query": "self_attn.q_proj",
@@ -106,13 +98,20 @@ def read_config(folder: str | Path) -> OPTConfig:
     Raises:
       UserError: no config.json of an OPT there.
     """
-    file = Path(folder) / "config.json"
-    if not file.is_file():
-        raise UserError(f"{file} is missing; name a folder with an OPT as transformers saves it")
+    folder = Path(folder)
+    return config_of(transformers_folder.read_config(folder, "opt"), folder / CONFIG)
+
+
+def config_of(values: Mapping[str, Any], file: Path) -> OPTConfig:
+    """The sizes that transformers' config of an OPT tells.
+
+    Args:
+      file: it lies there.
+
+    Raises:
+      UserError: a size is missing.
+    """
     try:
-        values = json.loads(file.read_text())
-        if values["model_type"] != "opt":
-            raise UserError(f"{file} describes a {values['model_type']} model, not an opt model")
         width = values["hidden_size"]
         word_dim = values.get("word_embed_proj_dim") or width
         return OPTConfig(
@@ -136,14 +135,10 @@ def read_tensors(folder: str | Path) -> dict[str, StoredTensor]:
     Raises:
       UserError: no weights there, or a file is missing or damaged.
     """
-    folder = Path(folder)
-    found = next((folder / name for name in FILES if (folder / name).is_file()), None)
-    if found is None:
-        raise UserError(f"{folder} has no weights; it should have {TORCH_FILE}")
     # The files of the larger sizes leave out the first part of the names.
     return {
         f"model.{key}" if key.startswith("decoder.") else key: tensor
-        for key, tensor in read_weights(found).items()
+        for key, tensor in transformers_folder.read_tensors(Path(folder)).items()
     }
 
 
@@ -152,23 +147,27 @@ def load(
     *,
     compute: Compute = Compute(),
     tensors: Mapping[str, ArrayLike] | None = None,
+    config: OPTConfig | None = None,
+    stored: Any = None,
 ) -> OPT:
-    """The OPT of a transformers folder, stored in the compute type.
+    """The OPT of a transformers folder.
 
     At its peak, memory holds the model and one tensor.
 
     Args:
-      tensors: what `read_tensors` found there, if that is known already.
+      tensors, config: what `read_tensors` and `read_config` found there, if that is known already.
+      stored: the type that holds the weights; None: the compute type.
 
     Raises:
       UserError: see `read_config` and `read_tensors`; or a weight is missing or of another shape.
     """
-    config = read_config(folder)
-    abstract = nnx.eval_shape(lambda: OPT(config, compute=compute, rngs=nnx.Rngs(0)))
+    sizes = config or read_config(folder)
+    abstract = nnx.eval_shape(lambda: OPT(sizes, compute=compute, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(abstract)
-    state = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, compute.dtype), state)
+    dtype = stored or compute.dtype
+    state = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype), state)
     tensors = read_tensors(folder) if tensors is None else tensors
-    return state_dict.load(tensors, opt(config), nnx.merge(graphdef, state), source=str(folder))
+    return state_dict.load(tensors, opt(sizes), nnx.merge(graphdef, state), source=str(folder))
 
 
 def save(model: OPT, folder: Path, *, dtype: Any = np.float16, **facts: Any) -> None:
@@ -196,10 +195,10 @@ def save(model: OPT, folder: Path, *, dtype: Any = np.float16, **facts: Any) -> 
         **facts,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
-    named = state_dict.to_torch(nnx.state(model, nnx.Param), opt(config))
-    tensors = {key: np.asarray(value, dtype) for key, value in named.items()}
-    safetensors.numpy.save_file(tensors, folder / TORCH_FILE, metadata={"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(described, indent=2) + "\n")
+    named = state_dict.lazy_torch(nnx.state(model, nnx.Param), opt(config))
+    tensors = {key: tensor.astype(dtype) for key, tensor in named.items()}
+    write_safetensors(tensors, folder / TORCH_FILE, metadata={"format": "pt"})
 
 
 def read_peft_config(folder: str | Path) -> LoRAConfig:
@@ -247,7 +246,7 @@ def save_peft(adapters: nnx.State, config: OPTConfig, folder: Path, *, base: str
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / PEFT_CONFIG).write_text(json.dumps(described, indent=2) + "\n")
-    safetensors.numpy.save_file(state_dict.to_torch(adapters, peft(config)), folder / PEFT_FILE)
+    write_safetensors(state_dict.lazy_torch(adapters, peft(config)), folder / PEFT_FILE)
 
 
 def with_adapters(model: OPT, weights: Mapping[str, ArrayLike], lora: LoRAConfig) -> OPT:

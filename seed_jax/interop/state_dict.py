@@ -10,6 +10,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import jax
@@ -19,6 +20,7 @@ from flax import nnx
 from tqdm import tqdm
 
 from seed_jax.cli import UserError
+from seed_jax.lazy import LazyTensor
 from seed_jax.model_dir import flat_params, unflatten_params
 from seed_jax.models.vit import interpolate_positions
 
@@ -76,16 +78,21 @@ class Row:
 
     Attributes:
       torch: its key, in which `{i}` stands for the number of the layer.
-      ours: our parameter; several where the original has fused them along its first dim.
+      ours: our parameter; several where the original has fused them along its first dim, None
+        among them for a part that we have no use for, written as zeros.
       layers: the numbers that `{i}` takes, in the order of our leading dim.
       grid: position embeddings, which can be brought to another grid.
     """
 
     torch: str
-    ours: tuple[str, ...]
+    ours: tuple[str | None, ...]
     layout: Layout = SAME
     layers: range | None = None
     grid: bool = False
+
+    def paths(self) -> list[str]:
+        """Our parameters."""
+        return [path for path in self.ours if path is not None]
 
     def torch_keys(self) -> list[str]:
         if self.layers is None:
@@ -94,7 +101,7 @@ class Row:
 
     def shape(self, params: Mapping[str, Any]) -> Shape:
         """The original's shape, from those of our parameters."""
-        ours = tuple(params[self.ours[0]].shape)
+        ours = tuple(params[self.paths()[0]].shape)
         shape = self.layout.shape(ours if self.layers is None else ours[1:])
         return shape if len(self.ours) == 1 else (len(self.ours) * shape[0], *shape[1:])
 
@@ -168,33 +175,55 @@ def load_state(
     loaded: dict[str, jax.Array] = {}
     # Only where it takes long, on a terminal.
     for row in tqdm(table.rows, desc=source, delay=1, leave=False, disable=None):
-        arrays = {path: _aligned(flat[path].shape, flat[path].dtype) for path in row.ours}
+        arrays = {path: _aligned(flat[path].shape, flat[path].dtype) for path in row.paths()}
         for layer, key in enumerate(row.torch_keys()):
             tensor = np.asarray(weights[key])
             if row.grid and tensor.shape != row.shape(flat):
                 tensor = _resize(tensor, row.shape(flat))
             parts = np.split(tensor, len(row.ours)) if len(row.ours) > 1 else [tensor]
-            for array, part in zip(arrays.values(), parts, strict=True):
-                target = array if row.layers is None else array[layer]
-                target[...] = row.layout.to_ours(part, target.shape)
+            for path, part in zip(row.ours, parts, strict=True):
+                if path is not None:
+                    target = arrays[path] if row.layers is None else arrays[path][layer]
+                    target[...] = row.layout.to_ours(part, target.shape)
         loaded |= {path: jax.device_put(array) for path, array in arrays.items()}
     return unflatten_params(params, loaded)
 
 
 def to_torch(params: nnx.State, table: Table) -> dict[str, np.ndarray]:
     """The original's state dict of our parameters (or of their gradients), contiguous arrays."""
-    flat = {path: np.asarray(array) for path, array in flat_params(params).items()}
-    tensors = {}
-    for row in table.rows:
-        for layer, key in enumerate(row.torch_keys()):
-            parts = [flat[path] if row.layers is None else flat[path][layer] for path in row.ours]
-            tensors[key] = np.asarray(
-                row.layout.to_torch(parts[0])
-                if len(parts) == 1
-                else np.concatenate([row.layout.to_torch(part) for part in parts]),
-                order="C",
-            )
-    return tensors | dict(table.constants)
+    return {key: np.asarray(tensor) for key, tensor in lazy_torch(params, table).items()}
+
+
+def lazy_torch(params: nnx.State | Mapping[str, Any], table: Table) -> dict[str, LazyTensor]:
+    """As `to_torch`, but each tensor is made when it is asked for, to be written and let go.
+
+    Those of a row follow one another, so that parameters can be read one at a time.
+
+    Args:
+      params: a state, or what `model_dir.lazy_params` finds.
+    """
+    flat: Mapping[str, Any] = flat_params(params) if isinstance(params, nnx.State) else params
+
+    def make(row: Row, layer: int) -> np.ndarray:
+        parts = {}
+        for path in row.paths():
+            # On a CPU, numpy looks at JAX's memory and copies nothing.
+            array = np.asarray(flat[path])
+            parts[path] = row.layout.to_torch(array if row.layers is None else array[layer])
+        if len(row.ours) == 1:
+            return np.asarray(parts[row.paths()[0]], order="C")
+        zeros = np.zeros_like(parts[row.paths()[0]])
+        return np.concatenate([zeros if path is None else parts[path] for path in row.ours])
+
+    tensors = {
+        key: LazyTensor(row.shape(flat), flat[row.paths()[0]].dtype, partial(make, row, layer))
+        for row in table.rows
+        for layer, key in enumerate(row.torch_keys())
+    }
+    return tensors | {
+        key: LazyTensor(value.shape, value.dtype, value.copy)
+        for key, value in table.constants.items()
+    }
 
 
 def check(
@@ -227,12 +256,12 @@ def check(
             misshapen[found, shape].append(key)
     problems = []
     if missing:
-        problems.append(f"missing: {_brief(missing)}")
+        problems.append(f"missing: {brief(missing)}")
     if unexpected:
-        problems.append(f"unexpected: {_brief(unexpected)}")
+        problems.append(f"unexpected: {brief(unexpected)}")
     if misshapen:
         wrong = (
-            f"{_brief(keys)} {_times(found)}, not {_times(shape)}"
+            f"{brief(keys)} {_times(found)}, not {_times(shape)}"
             for (found, shape), keys in misshapen.items()
         )
         problems.append(f"of another shape: {'; '.join(wrong)}")
@@ -264,7 +293,7 @@ def _same_but_grid(found: Shape, shape: Shape) -> bool:
     return math.isqrt(found[1] - 1) ** 2 == found[1] - 1
 
 
-def _brief(keys: Iterable[str]) -> str:
+def brief(keys: Iterable[str]) -> str:
     """Keys in a line, those that differ in the first number alone as one: `blocks.{0..38}.norm`."""
     groups: dict[str, list[int]] = defaultdict(list)
     for key in keys:

@@ -3,12 +3,16 @@
 The only module of the package that imports torch.
 """
 
+import ctypes
 import dataclasses
 import json
+import math
+import mmap
 import pickle
+import sys
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,8 +20,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import safetensors
+from tqdm import tqdm
 
 from seed_jax.cli import UserError
+from seed_jax.lazy import LazyTensor
 
 # What published checkpoints wrap their state dict in.
 WRAPPERS = ("model", "state_dict")
@@ -25,22 +31,28 @@ WRAPPERS = ("model", "state_dict")
 INDEX_SUFFIX = ".index.json"
 
 
+# Safetensors' names of types.
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+
+
 @dataclasses.dataclass(frozen=True)
-class StoredTensor:
-    """A tensor in a file; `np.asarray` reads it.
+class StoredTensor(LazyTensor):
+    """A tensor in a file.
 
     Attributes:
       file: where it is.
-      shape: known without reading.
     """
 
     file: Path
-    shape: tuple[int, ...]
-    read: Callable[[], np.ndarray] = dataclasses.field(repr=False)
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        """See numpy's array protocol."""
-        return np.array(self.read(), dtype=dtype, copy=copy)
 
 
 def read_weights(paths: str | Path | Iterable[str | Path]) -> dict[str, StoredTensor]:
@@ -62,7 +74,10 @@ def read_weights(paths: str | Path | Iterable[str | Path]) -> dict[str, StoredTe
     weights: dict[str, StoredTensor] = {}
     for path in map(Path, [paths] if isinstance(paths, str | Path) else paths):
         indexed = path.is_file() and path.name.endswith(INDEX_SUFFIX)
-        for file in [path.with_name(name) for name in indexed_files(path)] if indexed else [path]:
+        files = [path.with_name(name) for name in indexed_files(path)] if indexed else [path]
+        for file in files:
+            if indexed and not file.is_file():
+                raise UserError(f"{file} is missing, which {path} names; download the rest")
             weights |= _read_file(file)
     return weights
 
@@ -93,12 +108,14 @@ def _read_safetensors(path: Path) -> dict[str, StoredTensor]:
     try:
         # Read, not mapped: mapped pages would count as ours and stay.
         file = safetensors.safe_open(path, framework="np", backend="pread")
-        return {
-            key: StoredTensor(
-                path, tuple(file.get_slice(key).get_shape()), partial(file.get_tensor, key)
-            )
-            for key in file.keys()  # noqa: SIM118  # not a dict: it has no other way to iterate
-        }
+        found = {}
+        for key in file.keys():  # noqa: SIM118  # not a dict: it has no other way to iterate
+            facts = file.get_slice(key)
+            shape, name = tuple(facts.get_shape()), facts.get_dtype()
+            if name not in DTYPES:
+                raise UserError(f"{path}: {key} is of type {name}, which is not read")
+            found[key] = StoredTensor(shape, DTYPES[name], partial(file.get_tensor, key), path)
+        return found
     except (safetensors.SafetensorError, OSError) as error:
         raise _damaged(path, error) from error
 
@@ -115,9 +132,8 @@ def _read_torch(path: Path) -> dict[str, StoredTensor]:
         with warnings.catch_warnings():
             # It warns of pickles that torch did not write, which it then refuses.
             warnings.simplefilter("ignore")
-            loaded = torch.load(
-                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-            )
+            mapped = zipfile.is_zipfile(path)
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path} is refused: it holds more than tensors, and reading it could run code "
@@ -141,10 +157,29 @@ def _read_torch(path: Path) -> dict[str, StoredTensor]:
             return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
         return tensor.numpy()
 
+    def read(tensor: Any) -> np.ndarray:
+        array = numpy(tensor)
+        if mapped:
+            array = array.copy()
+            _let_go(tensor.untyped_storage())
+        return array
+
     return {
-        key: StoredTensor(path, tuple(value.shape), partial(numpy, value))
-        for key, value in loaded.items()
+        # The type of an empty tensor, since to make one of all is to read it.
+        key: StoredTensor(tuple(v.shape), numpy(v.new_empty(0)).dtype, partial(read, v), path)
+        for key, v in loaded.items()
     }
+
+
+def _let_go(storage: Any) -> None:
+    """Gives back the memory that a mapped storage took when it was read; the file still has it."""
+    page = mmap.PAGESIZE
+    start = -(-storage.data_ptr() // page) * page
+    length = storage.data_ptr() + storage.nbytes() - start
+    if length >= page and sys.platform == "linux":
+        ctypes.CDLL(None).madvise(
+            ctypes.c_void_p(start), ctypes.c_size_t(length // page * page), mmap.MADV_DONTNEED
+        )
 
 
 def _damaged(path: Path, error: Exception) -> UserError:
@@ -159,8 +194,37 @@ def _refusal(error: Exception) -> str:
     return told[0].split(". ")[0].rstrip(".") if told else "not a plain state dict"
 
 
-def write_torch(tensors: Mapping[str, np.ndarray], path: Path) -> None:
-    """Writes a state dict by `torch.save`.
+def write_safetensors(
+    tensors: Mapping[str, LazyTensor], path: Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes a `.safetensors` file one tensor at a time.
+
+    The library's own writer wants all tensors in memory, and copies them once more.
+    """
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    # Wide types first, which aligns all, as readers expect; else as given.
+    order = sorted(tensors, key=lambda key: -tensors[key].dtype.itemsize)
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for key in order:
+        tensor = tensors[key]
+        start, end = end, end + math.prod(tensor.shape) * tensor.dtype.itemsize
+        header[key] = {
+            "dtype": names[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    told = json.dumps(header, separators=(",", ":")).encode()
+    told += b" " * (-len(told) % 8)
+    with path.open("wb") as file:
+        file.write(len(told).to_bytes(8, "little") + told)
+        for key in tqdm(order, desc=path.name, delay=1, leave=False, disable=None):
+            array = np.ascontiguousarray(tensors[key])
+            file.write(array.reshape(-1).view(np.uint8).data)
+
+
+def write_torch(tensors: Mapping[str, LazyTensor], path: Path) -> None:
+    """Writes a state dict by `torch.save`, which takes memory for all of it.
 
     Raises:
       UserError: torch is not installed.

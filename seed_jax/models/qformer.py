@@ -19,6 +19,7 @@ class QFormerConfig:
     """Sizes; the defaults are SEED's causal Q-Former (BERT base).
 
     Attributes:
+      queries: 0 leaves out what reads an encoder: a BERT that reads text alone.
       causal: queries see only the queries before them (and themselves).
       cross_attention_every: layers 0, k, 2k, … read the encoder.
       encoder_width: width of what the queries read.
@@ -158,17 +159,21 @@ class QFormer(nnx.Module):
         def table(rows: int, axis: str | None) -> nnx.Param:
             return nnx.Param(init(rngs.params(), (rows, width)), axes=(axis, "embed"))
 
-        self.query_tokens = table(config.queries, None)
+        self.query_tokens = table(config.queries, None) if config.queries else None
         self.words = table(config.vocab_size, "vocab") if config.vocab_size else None
         self.positions = table(config.max_positions, None) if config.vocab_size else None
         self.norm = layers.layer_norm(width, epsilon=config.epsilon, compute=compute, rngs=rngs)
         self.layers = layers.stack(
             config.depth, lambda r: Layer(config, compute=compute, rngs=r), rngs=rngs
         )
-        self.cross = layers.stack(
-            -(-config.depth // config.cross_attention_every),
-            lambda r: Attention(config, config.encoder_width, compute=compute, rngs=r),
-            rngs=rngs,
+        self.cross = (
+            layers.stack(
+                -(-config.depth // config.cross_attention_every),
+                lambda r: Attention(config, config.encoder_width, compute=compute, rngs=r),
+                rngs=rngs,
+            )
+            if config.queries
+            else None
         )
         self.config = config
         self.compute = compute
@@ -257,6 +262,7 @@ class QFormer(nnx.Module):
         parts = []
         queries = 0
         if encoder_BED is not None:
+            assert self.query_tokens is not None
             queries = self.config.queries
             shape = (encoder_BED.shape[0], queries, self.config.width)
             parts.append(jnp.broadcast_to(self.query_tokens[...][None], shape))

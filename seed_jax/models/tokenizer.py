@@ -22,6 +22,8 @@ from seed_jax.models.vit import ViT, ViTConfig
 
 # Hidden widths of the published SEED-2 file's MLP; fixed there, whatever the other sizes are.
 IMAGE_DOWN_WIDTHS = (256, 128, 32)
+# Where the learned temperature of the contrastive loss starts.
+START_TEMPERATURE = 0.07
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +112,7 @@ class CausalEncoder(nnx.Module):
             else None
             for _ in range(2)
         )
-        self.temperature = nnx.Param(jnp.float32(0.07), axes=()) if dim else None
+        self.temperature = nnx.Param(jnp.float32(START_TEMPERATURE), axes=()) if dim else None
         self.config = config
 
     def image_states(self, images: Array) -> Array:

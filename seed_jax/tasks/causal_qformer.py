@@ -15,6 +15,10 @@ from seed_jax.models.tokenizer import CausalEncoder, EncoderConfig
 from seed_jax.tasks import Batch, compute_of
 
 KIND = "causal_encoder"
+# Parts of one, which `seed_jax.convert` makes: a ViT, and a BERT for the text tower and the
+# queries' path.
+VIT_KIND, BERT_KIND = "vit", "bert"
+KINDS = (KIND, VIT_KIND, BERT_KIND)
 
 
 class CausalQFormer:
@@ -23,7 +27,9 @@ class CausalQFormer:
     def __init__(self, config: ConfigDict):
         self.config = config
         self.sizes = model_dir.from_dict(EncoderConfig, config.model.to_dict(), "config.model")
-        if not config.init and not config.train_vit:
+        # What each holds, by the directory that it is in.
+        self.starts = {path: self._kind(path) for path in config.init.split(",") if path}
+        if not config.train_vit and not {KIND, VIT_KIND} & set(self.starts.values()):
             raise UserError(
                 "config.init must name a model directory with a trained ViT, since "
                 "config.train_vit is off"
@@ -35,6 +41,27 @@ class CausalQFormer:
                 f"tokenizer {config.tokenizer or 'packaged here'} has {len(self.tokenizer)} tokens"
             )
 
+    def _kind(self, path: str) -> str:
+        """What a directory holds, if it is of use here and of the sizes of config.model."""
+        described = model_dir.describe(path)
+        kind, there = described["kind"], described["config"]
+        if kind not in KINDS:
+            raise UserError(f"{path} holds a {kind} model; config.init takes {', '.join(KINDS)}")
+        # Numbers of heads, which weights don't tell: (where, there, wanted).
+        vit, qformer = self.sizes.vit.heads, self.sizes.qformer.heads
+        heads = {
+            KIND: [("vit", there.get("vit"), vit), ("qformer", there.get("qformer"), qformer)],
+            VIT_KIND: [("vit", there, vit)],
+            BERT_KIND: [("qformer", there, qformer)],
+        }
+        for part, sizes, wanted in heads[kind]:
+            if sizes["heads"] != wanted:
+                raise UserError(
+                    f"{path} has {sizes['heads']} heads in its {part}, but "
+                    f"config.model.{part}.heads is {wanted}"
+                )
+        return kind
+
     def build(self, *, rngs: nnx.Rngs) -> CausalEncoder:
         return CausalEncoder(self.sizes, compute=compute_of(self.config), rngs=rngs)
 
@@ -45,17 +72,29 @@ class CausalQFormer:
         return {"text": TextField(self.tokenizer, self.sizes.text_length)}
 
     def prepare(self, model: CausalEncoder, batches: Any) -> None:
-        """Starts from a model directory, or from chance with queries that look at different things.
+        """Starts from model directories, and from chance where they hold nothing.
 
-        Attention is all but uniform at first, so that every query sees the same; if the queries
-        stay alike, so do the codes of a picture, and 32 of them say little more than one.
+        By chance, attention is all but uniform at first, so that every query sees the same; if the
+        queries stay alike, so do the codes of a picture, and 32 of them say little more than one.
         """
-        if self.config.init:
-            model_dir.load_into(model, self.config.init, KIND)
-        else:
-            model.qformer.cross.query.kernel[...] *= self.config.first_scale.queries
-            assert model.qformer.words is not None
-            model.qformer.words[...] *= self.config.first_scale.words
+        qformer = model.qformer
+        assert qformer.words is not None
+        assert qformer.cross is not None
+        left = set(model_dir.flat_params(nnx.state(model, nnx.Param)))
+        for path, kind in self.starts.items():
+            if kind == KIND:
+                left -= model_dir.load_part(model, path, kind)
+            elif kind == VIT_KIND:
+                left -= {f"vit/{name}" for name in model_dir.load_part(model.vit, path, kind)}
+            else:
+                loaded = model_dir.load_part(qformer, path, kind, tables=("words",))
+                left -= {f"qformer/{name}" for name in loaded}
+        if self.starts and left:
+            print(f"from chance, since config.init does not hold it: {', '.join(sorted(left))}")
+        if "qformer/cross/query/kernel" in left:
+            qformer.cross.query.kernel[...] *= self.config.first_scale.queries
+        if "qformer/words" in left:
+            qformer.words[...] *= self.config.first_scale.words
 
     def loss(
         self, model: CausalEncoder, batch: Batch, key: jax.Array

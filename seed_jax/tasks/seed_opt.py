@@ -14,11 +14,10 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
-from seed_jax import losses, model_dir
+from seed_jax import base_opt, losses, model_dir
 from seed_jax.cli import UserError
 from seed_jax.data.sequences import CodesTable, PackedPairs, Words
 from seed_jax.data.text import CaptionField, load_tokenizer
-from seed_jax.interop import opt_weights
 from seed_jax.models.lora import LoRAConfig
 from seed_jax.models.tokenizer import SeedTokenizer, TokenizerConfig
 from seed_jax.models.visual_opt import VisualOPT, VisualOPTConfig
@@ -57,8 +56,8 @@ class SeedOPTTraining:
             )
         self.base = config.opt or str(PACKAGED)
         lora = model_dir.from_dict(LoRAConfig, config.model.lora.to_dict(), "config.model.lora")
-        opt = opt_weights.read_config(self.base)
-        self.text_tokenizer = load_tokenizer(self.base)
+        opt = base_opt.read_config(self.base)
+        self.text_tokenizer = load_tokenizer(base_opt.tokenizer_folder(self.base))
         self.sizes = VisualOPTConfig(
             opt=dataclasses.replace(opt, dropout=config.model.dropout, lora=lora),
             codes=self.tokenizer_sizes.codebook.size,
@@ -108,7 +107,7 @@ class SeedOPTTraining:
         visual = model.model
         if visual.vectors is not None:
             put(visual.vectors, tokenizer.codebook.vectors[...])
-        base = nnx.state(opt_weights.load(self.base, compute=visual.opt.compute), nnx.Param)
+        base = nnx.state(base_opt.load(self.base, compute=visual.opt.compute), nnx.Param)
         own = dict(nnx.to_flat_state(nnx.state(visual.opt, nnx.Param)))
         for path, value in nnx.to_flat_state(base):
             put(own[path], value[...])
