@@ -3,7 +3,8 @@
 Shapes in names: B batch, T query tokens, S key tokens, D width, N heads, H head dim, L layers.
 
 Parameters carry the names of their dims in the `axes` metadata; `seed_jax.sharding` maps names to
-mesh axes. A stacked parameter has the layer dim in front of the dims that `axes` names.
+mesh axes. A stacked parameter has the layer dim in front of the dims that `axes` names. Those whose
+`exact` metadata is true stay float32 where frozen weights are stored in the compute type.
 """
 
 import dataclasses
@@ -51,15 +52,19 @@ def dense(
     compute: Compute,
     rngs: nnx.Rngs,
     use_bias: bool = True,
+    exact: bool = False,
 ) -> nnx.Linear:
-    """A linear layer [..., din] -> [..., dout] whose kernel dims are named by `axes`."""
+    """A linear layer [..., din] -> [..., dout] whose kernel dims are named by `axes`.
+
+    An `exact` one runs in float32, and is kept so where it is frozen, whatever `compute` says.
+    """
     return nnx.Linear(
         din,
         dout,
         use_bias=use_bias,
-        dtype=compute.dtype,
-        kernel_metadata={"axes": axes},
-        bias_metadata={"axes": axes[1:]},
+        dtype=jnp.float32 if exact else compute.dtype,
+        kernel_metadata={"axes": axes, "exact": exact},
+        bias_metadata={"axes": axes[1:], "exact": exact},
         rngs=rngs,
     )
 

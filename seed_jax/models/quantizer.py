@@ -36,6 +36,7 @@ class Codebook(nnx.Module):
                 rngs.params(), (config.size, config.dim), minval=-bound, maxval=bound
             ),
             axes=("codes", None),
+            exact=True,
         )
         self.config = config
 

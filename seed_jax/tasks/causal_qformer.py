@@ -20,6 +20,8 @@ KIND = "causal_encoder"
 class CausalQFormer:
     """Contrastive training of queries, Q-Former, `ln_vision` and heads; the ViT by option."""
 
+    contrastive = True
+
     def __init__(self, config: ConfigDict):
         self.config = config
         self.sizes = model_dir.from_dict(EncoderConfig, config.model.to_dict(), "config.model")
@@ -57,20 +59,25 @@ class CausalQFormer:
             assert model.qformer.words is not None
             model.qformer.words[...] *= self.config.first_scale.words
 
-    def loss(
+    def outputs(
         self, model: CausalEncoder, batch: Batch, key: jax.Array
-    ) -> tuple[jax.Array, dict[str, jax.Array], None]:
+    ) -> tuple[tuple[jax.Array, jax.Array], None]:
         image_key, text_key = jax.random.split(key)
         image_BE = model.image_features(model.causal_embeddings(batch["image"], key=image_key))
         text_BE = model.text_features(batch["text"], batch["text_mask"], key=text_key)
+        return (image_BE, text_BE), None
+
+    def loss(
+        self, model: CausalEncoder, batch: Batch, outputs: tuple[jax.Array, jax.Array], seen: None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         assert model.temperature is not None
         temperature = model.temperature[...]
         loss, accuracy = losses.contrastive(
-            image_BE, text_BE, temperature, label_smoothing=self.config.loss.label_smoothing
+            *outputs, temperature, label_smoothing=self.config.loss.label_smoothing
         )
-        return loss, {**accuracy, "temperature": temperature}, None
+        return loss, {**accuracy, "temperature": temperature}
 
-    def after_update(self, model: CausalEncoder, aux: None, key: jax.Array) -> None:
+    def after_update(self, model: CausalEncoder, seen: None, key: jax.Array) -> None:
         assert model.temperature is not None
         model.temperature[...] = jnp.maximum(
             model.temperature[...], self.config.loss.min_temperature

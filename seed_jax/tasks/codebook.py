@@ -48,6 +48,8 @@ class TeachedTokenizer(nnx.Module):
 class Codebook:
     """Trains everything after the causal embeddings: 5·VQ + 2·cosine + 0.5·MSE to text states."""
 
+    contrastive = False
+
     def __init__(self, config: ConfigDict):
         self.config = config
         if not config.init:
@@ -142,9 +144,10 @@ class Codebook:
             means_CK, _ = kmeans2(z_NK, len(vectors), iter=10, minit="points", rng=self.config.seed)
         vectors[...] = jax.device_put(means_CK.astype(np.float32), vectors[...].sharding)
 
-    def loss(
+    def outputs(
         self, model: TeachedTokenizer, batch: Batch, key: jax.Array
-    ) -> tuple[jax.Array, dict[str, jax.Array], tuple[jax.Array, jax.Array]]:
+    ) -> tuple[dict[str, jax.Array], tuple[jax.Array, jax.Array]]:
+        """The parts of the loss; the codes and the vectors that they stand for."""
         tokenizer, weights = model.tokenizer, self.config.loss
         known = recall(model.memory, model, self._run_frozen, batch)
         causal_BQD = jax.lax.stop_gradient(known["causal"])
@@ -161,15 +164,26 @@ class Codebook:
             "loss_generation": weights.generation
             * losses.mean_squared_error(tokenizer.generation(x_BQD, key=key), known["states"]),
         }
+        return parts, (codes_BQ, z_BQK)
+
+    def loss(
+        self,
+        model: TeachedTokenizer,
+        batch: Batch,
+        outputs: dict[str, jax.Array],
+        seen: tuple[jax.Array, jax.Array],
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        codes_BQ, _ = seen
         counts_C = quantizer.usage_counts(codes_BQ, self.sizes.codebook.size)
         health = quantizer.codebook_health(model.counts[...] + counts_C)
-        metrics = parts | {f"codebook_{name}": value for name, value in health.items()}
-        return sum(parts.values()), metrics, (counts_C, z_BQK)
+        metrics = outputs | {f"codebook_{name}": value for name, value in health.items()}
+        return sum(outputs.values(), jnp.float32(0)), metrics
 
     def after_update(
-        self, model: TeachedTokenizer, aux: tuple[jax.Array, jax.Array], key: jax.Array
+        self, model: TeachedTokenizer, seen: tuple[jax.Array, jax.Array], key: jax.Array
     ) -> None:
-        counts_C, z_BQK = aux
+        codes_BQ, z_BQK = seen
+        counts_C = quantizer.usage_counts(codes_BQ, self.sizes.codebook.size)
         health, vectors = self.config.codebook_health, model.tokenizer.codebook.vectors
         ema_C = health.decay * model.counts[...] + (1 - health.decay) * counts_C
         if health.dead_code_threshold:
