@@ -125,7 +125,9 @@ def make_train_step(
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
 
-        model = nnx.merge(graphdef, params, state.rest)
+        # A copy: what the task changes in place must not change in the old state too, to which a
+        # step that overflowed goes back.
+        model = nnx.merge(graphdef, params, state.rest, copy=True)
         task.after_update(model, seen, key)
         params, rest = nnx.state(model, trained_by(task), ...)
         new = TrainState(state.step + 1, params, rest, opt_state, state.loss_scale)

@@ -18,9 +18,7 @@ def random_weights(build: Callable[[], M]) -> M:
     rng = np.random.default_rng(0)
     graphdef, params, rest = nnx.split(nnx.eval_shape(build), nnx.Param, ...)
     weights = {
-        name: jnp.asarray(
-            rng.normal(name.endswith(("scale", "temperature")), 0.2, a.shape), a.dtype
-        )
+        name: jnp.asarray(rng.normal(name.endswith("scale"), 0.2, a.shape), a.dtype)
         for name, a in model_dir.flat_params(params).items()
     }
     rest = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), rest)

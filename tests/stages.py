@@ -51,6 +51,8 @@ def start(
 ) -> tuple[nnx.GraphDef, TrainState, optax.GradientTransformation]:
     """As `state.create` on one device, with random weights."""
     model = random_weights(lambda: task.build(rngs=nnx.Rngs(0)))
+    if hasattr(model, "temperature"):
+        model.temperature[...] = 0.1
     tx = optim.make_optimizer(config.optimizer, config.steps)
     return nnx.graphdef(model), state.initial(task, config, tx, model), tx
 
