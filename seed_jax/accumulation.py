@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
 
 from seed_jax import sharding
 from seed_jax.models.layers import Array
@@ -27,7 +26,6 @@ def gradients(
     *,
     scale: Array,
     count: int,
-    mesh: Mesh,
 ) -> tuple[nnx.State, Metrics, Any]:
     """Gradients of the loss of `batch`, run in `count` microbatches one after the other.
 
@@ -64,7 +62,7 @@ def gradients(
     def joint_loss(params: nnx.State, *stacked: Any) -> tuple[Array, Metrics]:
         return loss(params, *(jax.tree.map(join, part) for part in stacked))
 
-    parts = (split(batch, count, mesh), jax.random.split(key, count))
+    parts = (split(batch, count), jax.random.split(key, count))
 
     def all_outputs(params: nnx.State) -> tuple[Any, Any]:
         return jax.lax.map(lambda part: run(params, part), parts)
@@ -85,7 +83,7 @@ def gradients(
     return grads, metrics, jax.tree.map(join, seen)
 
 
-def split(batch: Batch, count: int, mesh: Mesh) -> Batch:
+def split(batch: Batch, count: int) -> Batch:
     """Row i of a batch goes to microbatch i modulo `count`, so that no row changes its device.
 
     Arrays with more rows than others hold several for one of theirs, such as the pictures of a row
@@ -95,14 +93,11 @@ def split(batch: Batch, count: int, mesh: Mesh) -> Batch:
       Arrays [count, rows of a microbatch, ...].
     """
     rows = min(len(array) for array in batch.values())
-    split_rows = jax.sharding.NamedSharding(
-        mesh, jax.sharding.PartitionSpec(None, *sharding.batch_sharding(mesh).spec)
-    )
 
     def divide(array: Array) -> Array:
         array_NM = array.reshape(rows // count, count, len(array) // rows, *array.shape[1:])
         array_NM = array_NM.swapaxes(0, 1).reshape(count, -1, *array.shape[1:])
-        return jax.lax.with_sharding_constraint(array_NM, split_rows)
+        return sharding.constrain(array_NM, None, "batch")
 
     return {name: divide(array) for name, array in batch.items()}
 

@@ -110,16 +110,16 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        grads, metrics, seen = gradients(
-            task,
-            lambda params: nnx.merge(graphdef, params, state.rest),
-            state.params,
-            batch,
-            key,
-            scale=state.loss_scale.value,
-            count=config.accumulate,
-            mesh=mesh,
-        )
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            grads, metrics, seen = gradients(
+                task,
+                lambda params: nnx.merge(graphdef, params, state.rest),
+                state.params,
+                batch,
+                key,
+                scale=state.loss_scale.value,
+                count=config.accumulate,
+            )
         grads = jax.tree.map(lambda g: g / state.loss_scale.value, grads)
         grad_norm = optax.tree.norm(grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)

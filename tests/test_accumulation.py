@@ -28,16 +28,16 @@ def test_microbatches_have_the_gradients_of_their_batch(stage, tmp_path):
     for count in (1, COUNT):
 
         def gradients(params, rest, batch, count=count):
-            return accumulation.gradients(
-                task,
-                lambda params: nnx.merge(graphdef, params, rest),
-                params,
-                batch,
-                jax.random.key(0),
-                scale=jnp.float32(8),
-                count=count,
-                mesh=mesh,
-            )
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                return accumulation.gradients(
+                    task,
+                    lambda params: nnx.merge(graphdef, params, rest),
+                    params,
+                    batch,
+                    jax.random.key(0),
+                    scale=jnp.float32(8),
+                    count=count,
+                )
 
         compiled = jax.jit(gradients).lower(current.params, current.rest, batch).compile()
         found.append(compiled(current.params, current.rest, batch))
@@ -61,7 +61,13 @@ def test_rows_stay_on_their_device_and_pictures_with_their_row():
     mesh = sharding.make_mesh({"data": 4}, jax.devices()[:4])
     batch = {"row": np.arange(8), "picture": np.arange(16)}
     batch = sharding.put_batch(batch, mesh)
-    parts = jax.jit(lambda batch: accumulation.split(batch, 2, mesh))(batch)
+
+    @jax.jit
+    def split(batch):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return accumulation.split(batch, 2)
+
+    parts = split(batch)
     for name, array in parts.items():
         before = {s.device: set(s.data.tolist()) for s in batch[name].addressable_shards}
         after = {s.device: set(s.data.reshape(-1).tolist()) for s in array.addressable_shards}

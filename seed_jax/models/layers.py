@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx, traverse_util
 
+from seed_jax import sharding
+
 Array = jax.Array
 M = TypeVar("M")
 S = TypeVar("S")
@@ -67,6 +69,13 @@ def dense(
         bias_metadata={"axes": axes[1:], "exact": exact},
         rngs=rngs,
     )
+
+
+def lookup(table: nnx.Param, ids: Array) -> Array:
+    """Rows of a table [rows, D], ids [...] to [..., D]."""
+    # Each device then reads whole rows for its own ids. From a table that is split along D, XLA may
+    # make every device look up the ids of all.
+    return sharding.constrain(table[...], table.get_metadata()["axes"][0], None)[ids]
 
 
 def layer_norm(width: int, *, epsilon: float, compute: Compute, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -212,9 +221,14 @@ def scan(
     body: Callable[[Array, S], tuple[Array, Any]], x: Array, stacked: S, *, compute: Compute
 ) -> tuple[Array, Any]:
     """`jax.lax.scan` of `body` over stacked layers, as `compute` says to run them."""
+
+    def on_mesh(x: Array, layer: S) -> tuple[Array, Any]:
+        x, outputs = body(sharding.constrain(x, "batch"), layer)
+        return sharding.constrain(x, "batch"), outputs
+
     if (policy := REMAT[compute.remat]) is not None:
-        body = jax.checkpoint(body, prevent_cse=False, policy=policy)
-    return jax.lax.scan(body, x, stacked, unroll=True if compute.unroll else 1)
+        on_mesh = jax.checkpoint(on_mesh, prevent_cse=False, policy=policy)
+    return jax.lax.scan(on_mesh, x, stacked, unroll=True if compute.unroll else 1)
 
 
 def apply_blocks(
