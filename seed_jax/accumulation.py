@@ -69,6 +69,8 @@ def gradients(
 
     if task.contrastive:
         first = all_outputs(params)
+        rows, keys = parts
+        parts = ({**rows, **first[1]}, keys)
     else:
         first = jax.tree.map(jnp.zeros_like, jax.eval_shape(all_outputs, params))
     (grads, pulls), _ = jax.grad(joint_loss, argnums=(0, 1), has_aux=True)(params, *first)

@@ -7,14 +7,24 @@ import pytest
 from flax import nnx
 
 from seed_jax import accumulation, sharding
+from seed_jax.models.vit import ViT
 from tests import stages
 
 COUNT = 4
 
 
-@pytest.mark.parametrize("stage", stages.STAGES)
-def test_microbatches_have_the_gradients_of_their_batch(stage, tmp_path):
-    config, task = stages.make(stage, tmp_path)
+FROZEN_VIT = {"train_vit": False, "init": "never loaded"}
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes"),
+    [*((stage, {}) for stage in stages.STAGES), ("causal_qformer", FROZEN_VIT)],
+)
+def test_microbatches_have_the_gradients_of_their_batch(stage, changes, tmp_path, monkeypatch):
+    traced = []
+    vit = ViT.__call__
+    monkeypatch.setattr(ViT, "__call__", lambda *inputs: traced.append(1) or vit(*inputs))
+    config, task = stages.make(stage, tmp_path, **changes)
     graphdef, current, _ = stages.start(config, task)
     mesh = sharding.make_mesh({"data": 2}, jax.devices()[:2])
     current, _ = stages.place(current, mesh)
@@ -43,6 +53,10 @@ def test_microbatches_have_the_gradients_of_their_batch(stage, tmp_path):
         found.append(compiled(current.params, current.rest, batch))
         memory.append(compiled.memory_analysis().temp_size_in_bytes)
 
+    if changes:
+        # Once for either count: a frozen ViT does not run for the second pass again.
+        assert len(traced) == 2
+        found = [(grads, metrics) for grads, metrics, _ in found]
     (whole_grads, *whole), (grads, *rest) = found
     largest = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(whole_grads))
     assert largest > 0.01

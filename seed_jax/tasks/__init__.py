@@ -33,8 +33,9 @@ class Task(Protocol):
     """What the training loop asks of a stage. `model` is what `build` made.
 
     Attributes:
-      contrastive: whether the loss compares rows. If not, it must be linear in the outputs, with
-        factors that depend on the batch alone.
+      contrastive: whether the loss compares rows. Then `outputs` may run twice, and finds in its
+        second batch the dict of what it has seen, so that nothing frozen runs again. If not, the
+        loss must be linear in the outputs, with factors that depend on the batch alone.
     """
 
     contrastive: bool

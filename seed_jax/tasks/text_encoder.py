@@ -112,13 +112,13 @@ class TextEncoder:
 
     def outputs(
         self, model: Clip, batch: Batch, key: jax.Array
-    ) -> tuple[tuple[jax.Array, jax.Array], None]:
+    ) -> tuple[tuple[jax.Array, jax.Array], Batch]:
         image_BE = model.image_features(batch["image"])
         text_BE = model.text_features(batch["prompt"], batch["prompt_mask"])
-        return (image_BE, text_BE), None
+        return (image_BE, text_BE), {}
 
     def loss(
-        self, model: Clip, batch: Batch, outputs: tuple[jax.Array, jax.Array], seen: None
+        self, model: Clip, batch: Batch, outputs: tuple[jax.Array, jax.Array], seen: Batch
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         temperature = model.temperature[...]
         loss, accuracy = losses.contrastive(
@@ -126,7 +126,7 @@ class TextEncoder:
         )
         return loss, {**accuracy, "temperature": temperature}
 
-    def after_update(self, model: Clip, seen: None, key: jax.Array) -> None:
+    def after_update(self, model: Clip, seen: Batch, key: jax.Array) -> None:
         floor = self.config.loss.min_temperature
         model.temperature[...] = jnp.maximum(model.temperature[...], floor)
 
