@@ -18,8 +18,14 @@ def get_config() -> ConfigDict:
     config.seed = 0  # of the weights, the data order and dropout
     config.steps = 12_207  # 10 passes over 5M pairs
     config.batch_size = 64 * 64  # pictures in a step, all devices together
+    # Microbatches that a step runs one after the other to save memory; all of batch_size stay
+    # negatives of each other, at the price of one more forward pass of what trains. 1 runs all at
+    # once.
+    config.accumulate = 1
     config.image_size = 224  # pixels a side
-    config.precision = "float16"  # float32, bfloat16 or float16; V100s have no bfloat16
+    # float32, bfloat16, or float16 for V100s, which have no bfloat16: the loss is scaled, and a
+    # step that overflows is skipped.
+    config.precision = "float16"
     # What the backward pass recomputes to save memory: "none", "dots" (all of a layer but its
     # products with weights) or "full".
     config.remat = "full"

@@ -17,6 +17,7 @@ def get_config() -> ConfigDict:
     config.task = "codebook"
     config.steps = 152_588  # 500 passes over 5M pairs, the published maximum
     config.batch_size = 256 * 64
+    config.accumulate = 1  # microbatches of a step, to save memory; the loss stays the batch's own
     config.teacher = "CompVis/stable-diffusion-v1-4"  # "" is the packaged tiny text encoder
     config.remember = False  # run what is frozen once a record, not once a step: one view of each
     # Stage 1 is frozen and brings its tokenizer.

@@ -20,6 +20,7 @@ def get_config() -> ConfigDict:
     config.task = "seed_opt"
     config.steps = 20_000
     config.batch_size = 64 * 64  # pictures in a step, all devices together
+    config.accumulate = 1  # microbatches of a step, to save memory; the loss stays the batch's own
     config.init = ""  # stage 2's model directory: the tokenizer
     config.opt = (
         "opt-2.7b"  # folder of the base, or its model directory; "" is the packaged tiny one

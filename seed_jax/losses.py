@@ -27,7 +27,12 @@ def contrastive(
     Returns:
       The loss and the share of rows whose own partner ranks first, each way.
     """
-    scores_BB = image_BE.astype(jnp.float32) @ text_BE.astype(jnp.float32).T / temperature
+    scores_BB = jnp.matmul(
+        image_BE.astype(jnp.float32),
+        text_BE.astype(jnp.float32).T,
+        precision=jax.lax.Precision.HIGHEST,  # else TPUs and newer GPUs round the features
+    )
+    scores_BB = scores_BB / temperature
     targets_B = jnp.arange(scores_BB.shape[0])
     i2t = matching(scores_BB, label_smoothing=label_smoothing)
     t2i = matching(scores_BB.T, label_smoothing=label_smoothing)
@@ -81,8 +86,17 @@ def next_token(logits_BTV: Array, ids_BT: Array, target_BT: Array) -> Array:
     Args:
       target_BT: bool; the first of a row has no place before it and doesn't count.
     """
-    losses_BT = optax.softmax_cross_entropy_with_integer_labels(
+    return mean_where(each_token(logits_BTV, ids_BT), target_BT[:, 1:])
+
+
+def each_token(logits_BTV: Array, ids_BT: Array) -> Array:
+    """Cross-entropy of every token but a row's first, given those before it, [B, T - 1]."""
+    return optax.softmax_cross_entropy_with_integer_labels(
         logits_BTV[:, :-1].astype(jnp.float32), jnp.maximum(ids_BT[:, 1:], 0)
     )
-    weights_BT = target_BT[:, 1:].astype(jnp.float32)
-    return jnp.sum(losses_BT * weights_BT) / jnp.maximum(weights_BT.sum(), 1.0)
+
+
+def mean_where(losses: Array, counts: Array) -> Array:
+    """Mean of the losses at which `counts` is true; 0 if there is none."""
+    weights = counts.astype(jnp.float32)
+    return jnp.sum(losses * weights) / jnp.maximum(weights.sum(), 1.0)

@@ -55,12 +55,13 @@ class LossScale:
     Attributes:
       value: float32, what the loss is multiplied by.
       good_steps: int32, finite steps since the last change.
-      skipped: int32, steps skipped for overflow so far.
+      skipped, grown: int32, how often it was halved, with the step skipped, and doubled so far.
     """
 
     value: jax.Array
     good_steps: jax.Array
     skipped: jax.Array
+    grown: jax.Array
 
     GROW_AFTER = 2000
     LARGEST = 2.0**24
@@ -69,7 +70,7 @@ class LossScale:
     def start(cls, precision: str) -> "LossScale":
         """65536 for float16; 1, for good, for the types that need no scaling."""
         value = 2.0**16 if precision == "float16" else 1.0
-        return cls(jnp.float32(value), jnp.int32(0), jnp.int32(0))
+        return cls(jnp.float32(value), jnp.int32(0), jnp.int32(0), jnp.int32(0))
 
     def update(self, finite: jax.Array) -> "LossScale":
         """Halves after an overflow, doubles after `GROW_AFTER` finite steps."""
@@ -77,4 +78,4 @@ class LossScale:
         value = jnp.where(finite, self.value, jnp.maximum(self.value / 2, 1.0))
         value = jnp.where(grow, jnp.minimum(value * 2, self.LARGEST), value)
         good_steps = jnp.where(finite & ~grow, self.good_steps + 1, 0)
-        return LossScale(value, good_steps, self.skipped + (~finite).astype(jnp.int32))
+        return LossScale(value, good_steps, self.skipped + ~finite, self.grown + grow)

@@ -72,6 +72,19 @@ def named_sharding(
     return NamedSharding(mesh, PartitionSpec(*spec))
 
 
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """An activation whose first dims are split as their names say; XLA chooses for the others.
+
+    Left to itself, XLA splits activations like the weights of an `fsdp` axis that they meet, and
+    each device then holds the whole batch. Does nothing where no mesh is set.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    spec: list[Any] = [AXIS_RULES[axis] if axis else None for axis in axes]
+    spec += [PartitionSpec.UNCONSTRAINED] * (x.ndim - len(axes))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+
 def tree_shardings(tree: Any, mesh: Mesh) -> Any:
     """Shardings for a pytree of arrays in which `nnx.Variable`s name their dims in `axes`.
 

@@ -12,10 +12,10 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from seed_jax import optim, sharding
+from seed_jax.accumulation import Metrics, gradients
 from seed_jax.optim import LossScale
 from seed_jax.tasks import PRECISIONS, Task
 
-Metrics = dict[str, jax.Array]
 TrainStep = Callable[["TrainState", dict[str, jax.Array]], tuple["TrainState", Metrics]]
 
 
@@ -25,7 +25,7 @@ class TrainState:
     """All that changes in training, and the frozen weights beside it.
 
     Attributes:
-      step: int32, updates made so far.
+      step: int32, batches trained on so far, those that overflowed included.
       params: what the optimizer trains.
       rest: frozen parameters, and variables that the task updates itself.
       opt_state: optax's state, for `params` alone.
@@ -60,17 +60,33 @@ def create(
     graphdef = nnx.graphdef(nnx.eval_shape(build))
 
     def init() -> TrainState:
-        params, frozen, rest = nnx.state(build(), trained_by(task), nnx.Param, ...)
-        # Nothing is added to frozen weights: the compute type is precise enough to store them.
-        frozen = jax.tree.map(lambda a: a.astype(PRECISIONS[config.precision]), frozen)
-        rest = nnx.merge_state(frozen, rest)
-        return TrainState(
-            jnp.int32(0), params, rest, tx.init(params), LossScale.start(config.precision)
-        )
+        return initial(task, config, tx, build())
 
     shardings = sharding.tree_shardings(jax.eval_shape(init), mesh)
     state = jax.jit(init, out_shardings=shardings)()
     return graphdef, state, shardings, tx
+
+
+def initial(
+    task: Task, config: ConfigDict, tx: optax.GradientTransformation, model: nnx.Module
+) -> TrainState:
+    """The state in which training of `model` begins."""
+    params, frozen, rest = nnx.state(model, trained_by(task), nnx.Param, ...)
+    dtype = PRECISIONS[config.precision]
+
+    def store(param: nnx.Variable) -> nnx.Variable:
+        # Nothing is added to frozen weights: the type they compute in is precise enough.
+        exact = param.get_metadata().get("exact")
+        return param if exact else param.replace(param[...].astype(dtype))
+
+    frozen = jax.tree.map(store, frozen, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
+    return TrainState(
+        jnp.int32(0),
+        params,
+        nnx.merge_state(frozen, rest),
+        tx.init(params),
+        LossScale.start(config.precision),
+    )
 
 
 def with_model(
@@ -90,32 +106,43 @@ def make_train_step(
 ) -> TrainStep:
     """The compiled step: (state, batch) -> (state, metrics). The old state's memory is reused."""
     learning_rate = optim.schedule(config.optimizer, config.steps)
+    mesh = jax.tree.leaves(shardings)[0].mesh
 
     def train_step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-
-        def scaled_loss(params: nnx.State) -> tuple[jax.Array, tuple[Metrics, Any]]:
-            model = nnx.merge(graphdef, params, state.rest)
-            loss, metrics, aux = task.loss(model, batch, key)
-            return loss * state.loss_scale.value, ({"loss": loss, **metrics}, aux)
-
-        grads, (metrics, aux) = jax.grad(scaled_loss, has_aux=True)(state.params)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            grads, metrics, seen = gradients(
+                task,
+                lambda params: nnx.merge(graphdef, params, state.rest),
+                state.params,
+                batch,
+                key,
+                scale=state.loss_scale.value,
+                count=config.accumulate,
+            )
         grads = jax.tree.map(lambda g: g / state.loss_scale.value, grads)
         grad_norm = optax.tree.norm(grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
 
-        model = nnx.merge(graphdef, params, state.rest)
-        task.after_update(model, aux, key)
+        # A copy: what the task changes in place must not change in the old state too, to which a
+        # step that overflowed goes back.
+        model = nnx.merge(graphdef, params, state.rest, copy=True)
+        task.after_update(model, seen, key)
         params, rest = nnx.state(model, trained_by(task), ...)
         new = TrainState(state.step + 1, params, rest, opt_state, state.loss_scale)
-        metrics |= {"learning_rate": learning_rate(state.step), "grad_norm": grad_norm}
+        updates_made = state.step - state.loss_scale.skipped
+        metrics |= {"learning_rate": learning_rate(updates_made), "grad_norm": grad_norm}
         if config.precision == "float16":
             finite = jnp.isfinite(grad_norm)
             kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
             loss_scale = state.loss_scale.update(finite)
             new = dataclasses.replace(kept, step=state.step + 1, loss_scale=loss_scale)
-            metrics |= {"loss_scale": loss_scale.value, "skipped": loss_scale.skipped}
+            metrics |= {
+                "loss_scale": loss_scale.value,
+                "skipped": loss_scale.skipped,
+                "grown": loss_scale.grown,
+            }
         return new, metrics
 
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))

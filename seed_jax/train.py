@@ -43,7 +43,14 @@ TASKS: dict[str, type[Task]] = {
 }
 
 # What may differ between two runs in one workdir: how long, how often, and on which machines.
-FREE_TO_CHANGE = {"steps", "log_every", "checkpoint_every", "keep_checkpoints", "mesh"}
+FREE_TO_CHANGE = {
+    "steps",
+    "log_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "mesh",
+    "accumulate",
+}
 
 
 def train(config: ConfigDict, workdir: Path) -> None:
@@ -56,7 +63,8 @@ def train(config: ConfigDict, workdir: Path) -> None:
         raise UserError(f"config.task is {config.task!r}; the stages are {', '.join(TASKS)}")
     claim(workdir, config)
     mesh = sharding.make_mesh(config.mesh.to_dict())
-    check_batch(config.batch_size, mesh, per_row=config.get("sequences", {}).get("per_row", 1))
+    per_row = config.get("sequences", {}).get("per_row", 1)
+    check_batch(config.batch_size, mesh, per_row=per_row, accumulate=config.accumulate)
     task = TASKS[config.task](config)
     source = sources.open_source(config.data.path, config.data.split)
     data = pipeline.train_pipeline(
@@ -153,19 +161,24 @@ def claim(workdir: Path, config: ConfigDict) -> None:
     file.write_text(json.dumps(wanted, indent=2) + "\n")
 
 
-def check_batch(batch_size: int, mesh: Mesh, *, per_row: int) -> None:
-    """Raises a UserError if the mesh doesn't divide the batch.
+def check_batch(batch_size: int, mesh: Mesh, *, per_row: int, accumulate: int) -> None:
+    """Raises a UserError if the mesh and the microbatches don't divide the batch.
 
     Args:
       per_row: pictures that stay together, since their captions are packed into one row.
+      accumulate: microbatches.
     """
-    shards = mesh.shape["data"] * mesh.shape["fsdp"] * per_row
-    if batch_size % shards:
+    if accumulate < 1:
+        raise UserError(f"config.accumulate is {accumulate}; 1 runs the batch at once")
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    whole = shards * per_row * accumulate
+    if batch_size % whole:
         groups = f" in groups of {per_row}" if per_row > 1 else ""
+        microbatches = f" of {accumulate} microbatches" if accumulate > 1 else ""
         raise UserError(
-            f"config.batch_size={batch_size} can't be split over the mesh's {shards // per_row} "
-            f"data shards{groups}; "
-            f"{batch_size - batch_size % shards or shards} can"
+            f"config.batch_size={batch_size} can't be split over the mesh's {shards} "
+            f"data shards{microbatches}{groups}; "
+            f"{batch_size - batch_size % whole or whole} can"
         )
 
 

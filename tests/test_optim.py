@@ -44,6 +44,7 @@ def test_the_loss_scale_halves_on_overflow_and_grows_after_good_steps():
     for _ in range(LossScale.GROW_AFTER):
         scale = scale.update(jnp.bool_(True))
     assert (scale.value, scale.good_steps) == (2.0**16, 0)
+    assert (scale.skipped, scale.grown) == (1, 1)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

@@ -1,25 +1,26 @@
 """The mesh: what fits on it, and that splitting changes no number."""
 
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from configs import tiny_causal_qformer, tiny_codebook
-from seed_jax import sharding, state
+from seed_jax import optim, sharding, state
 from seed_jax.cli import UserError
 from seed_jax.models import tokenizer
-from seed_jax.tasks.causal_qformer import CausalQFormer
-from seed_jax.tasks.codebook import Codebook
-from tests.test_train import small
+from tests import stages
 
-MESHES = [
-    ({"data": 1}, 1),
-    ({"data": 8}, 8),
-    ({"data": 2, "fsdp": 4}, 8),
-    ({"data": 2, "fsdp": 2, "tensor": 2}, 8),
-]
+MESHES = {
+    "one": {"data": 1},
+    "data": {"data": 2},
+    "two axes": {"fsdp": 2, "tensor": 2},
+    "fsdp": {"fsdp": 8},
+    "all axes": {"data": 2, "fsdp": 2, "tensor": 2},
+}
+STEPS = 20
 
 
 def test_minus_one_takes_what_is_left():
@@ -57,49 +58,39 @@ def test_every_large_parameter_of_the_full_model_is_split():
     assert whole == []
 
 
-@pytest.fixture(scope="module")
-def recipes(tmp_path_factory):
-    """Both stages' tasks and configs; stage 2 starts from an untrained stage 1."""
-    folder = tmp_path_factory.mktemp("init")
-    first = small(tiny_causal_qformer.get_config())
-    task = CausalQFormer(first)
-    task.save(nnx.jit(lambda: task.build(rngs=nnx.Rngs(0)))(), folder)
-    second = small(tiny_codebook.get_config(), init=str(folder))
-    second.model.codebook.size = 64
-    second.codebook_health.kmeans_batches = 0  # there are no batches to take them from
-    return {"causal_qformer": (first, task), "codebook": (second, Codebook(second))}
-
-
-def losses_on(meshes, config, task, steps: int) -> list[list[float]]:
-    """Of a few steps from the same start, on each mesh."""
-    graphdef, start, shardings, tx = state.create(task, config, meshes[0])
-    model = nnx.merge(graphdef, start.params, start.rest)
-    task.prepare(model, iter(()))
-    # Copied, not made anew on each mesh: compiling how it is made takes as long as the steps.
-    start = jax.tree.map(np.array, state.with_model(start, model, task, shardings))
-    runs = []
-    for mesh in meshes:
-        shardings = sharding.tree_shardings(start, mesh)
-        current = jax.device_put(start, shardings)
+@pytest.mark.parametrize("stage", stages.STAGES)
+def test_a_split_changes_no_loss_and_divides_activations(stage, tmp_path):
+    config, task = stages.make(stage, tmp_path, steps=STEPS)
+    graphdef, start, tx = stages.start(config, task)
+    batches = [stages.batch(config, task, number) for number in range(STEPS)]
+    runs, memory = [], {}
+    for name, sizes in MESHES.items():
+        count = int(np.prod(list(sizes.values())))
+        mesh = sharding.make_mesh(sizes, jax.devices()[:count])
+        current, shardings = stages.place(start, mesh)
+        on_mesh = [sharding.put_batch(batch, mesh) for batch in batches]
         step = state.make_train_step(task, graphdef, tx, config, shardings)
-        rng = np.random.default_rng(0)
+        compiled = step.lower(current, on_mesh[0]).compile()
+        memory[name] = compiled.memory_analysis().temp_size_in_bytes
         losses = []
-        for _ in range(steps):
-            batch = {"image": rng.integers(0, 256, (16, 32, 32, 3), np.uint8)}
-            for name, field in task.text_fields().items():
-                batch[name] = rng.integers(5, 200, (16, field.length), np.int32)
-                batch[f"{name}_mask"] = np.ones((16, field.length), bool)
-            current, metrics = step(current, sharding.put_batch(batch, mesh))
+        for batch in on_mesh:
+            current, metrics = compiled(current, batch)
             losses.append(float(metrics["loss"]))
         runs.append(losses)
-    return runs
-
-
-@pytest.mark.parametrize("stage", ["causal_qformer", "codebook"])
-def test_losses_are_the_same_on_every_split(recipes, stage):
-    config, task = recipes[stage]
-    meshes = [sharding.make_mesh(sizes, jax.devices()[:count]) for sizes, count in MESHES]
-    runs = losses_on(meshes, config, task, steps=4)
-    assert len(set(runs[0])) == 4
+    assert len(set(runs[0])) == STEPS
     for run in runs[1:]:
         np.testing.assert_allclose(run, runs[0], rtol=1e-5)
+    assert memory["fsdp"] < memory["one"] / 4
+
+
+def test_the_optimizers_state_is_split_as_its_parameters():
+    config, task = stages.make("causal_qformer", Path())
+    mesh = sharding.make_mesh({"fsdp": 4, "tensor": 2})
+    tx = optim.make_optimizer(config.optimizer, config.steps)
+    model = nnx.eval_shape(lambda: task.build(rngs=nnx.Rngs(0)))
+    abstract = jax.eval_shape(lambda model: state.initial(task, config, tx, model), model)
+    shardings = sharding.tree_shardings(abstract, mesh)
+    params = jax.tree.leaves(shardings.params)
+    assert sum(any(split.spec) for split in params) > len(params) / 2
+    moments = [split for split in jax.tree.leaves(shardings.opt_state) if any(split.spec)]
+    assert moments == 2 * [split for split in params if any(split.spec)]

@@ -209,6 +209,8 @@ def test_another_config_in_the_same_workdir_is_refused(stage1):
     [
         ({"task": "codebok"}, "the stages are causal_qformer, codebook"),
         ({"batch_size": 12}, "can't be split over the mesh's 8 data shards"),
+        ({"accumulate": 4}, "8 data shards of 4 microbatches; 32 can"),
+        ({"accumulate": 0}, "1 runs the batch at once"),
         ({"mesh.tensor": 3}, "does not fit 8 devices"),
         ({"precision": "float8"}, "it can be float32, bfloat16, float16"),
         ({"remat": "some"}, "it can be none, dots, full"),

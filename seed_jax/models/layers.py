@@ -3,7 +3,8 @@
 Shapes in names: B batch, T query tokens, S key tokens, D width, N heads, H head dim, L layers.
 
 Parameters carry the names of their dims in the `axes` metadata; `seed_jax.sharding` maps names to
-mesh axes. A stacked parameter has the layer dim in front of the dims that `axes` names.
+mesh axes. A stacked parameter has the layer dim in front of the dims that `axes` names. Those whose
+`exact` metadata is true stay float32 where frozen weights are stored in the compute type.
 """
 
 import dataclasses
@@ -14,6 +15,8 @@ from typing import Any, Literal, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx, traverse_util
+
+from seed_jax import sharding
 
 Array = jax.Array
 M = TypeVar("M")
@@ -55,17 +58,28 @@ def dense(
     compute: Compute,
     rngs: nnx.Rngs,
     use_bias: bool = True,
+    exact: bool = False,
 ) -> nnx.Linear:
-    """A linear layer [..., din] -> [..., dout] whose kernel dims are named by `axes`."""
+    """A linear layer [..., din] -> [..., dout] whose kernel dims are named by `axes`.
+
+    An `exact` one runs in float32, and is kept so where it is frozen, whatever `compute` says.
+    """
     return nnx.Linear(
         din,
         dout,
         use_bias=use_bias,
-        dtype=compute.dtype,
-        kernel_metadata={"axes": axes},
-        bias_metadata={"axes": axes[1:]},
+        dtype=jnp.float32 if exact else compute.dtype,
+        kernel_metadata={"axes": axes, "exact": exact},
+        bias_metadata={"axes": axes[1:], "exact": exact},
         rngs=rngs,
     )
+
+
+def lookup(table: nnx.Param, ids: Array) -> Array:
+    """Rows of a table [rows, D], ids [...] to [..., D]."""
+    # Each device then reads whole rows for its own ids. From a table that is split along D, XLA may
+    # make every device look up the ids of all.
+    return sharding.constrain(table[...], table.get_metadata()["axes"][0], None)[ids]
 
 
 class RowLinear(nnx.Module):
@@ -244,9 +258,14 @@ def scan(
     body: Callable[[Array, S], tuple[Array, Any]], x: Array, stacked: S, *, compute: Compute
 ) -> tuple[Array, Any]:
     """`jax.lax.scan` of `body` over stacked layers, as `compute` says to run them."""
+
+    def on_mesh(x: Array, layer: S) -> tuple[Array, Any]:
+        x, outputs = body(sharding.constrain(x, "batch"), layer)
+        return sharding.constrain(x, "batch"), outputs
+
     if (policy := REMAT[compute.remat]) is not None:
-        body = jax.checkpoint(body, prevent_cse=False, policy=policy)
-    return jax.lax.scan(body, x, stacked, unroll=True if compute.unroll else 1)
+        on_mesh = jax.checkpoint(on_mesh, prevent_cse=False, policy=policy)
+    return jax.lax.scan(on_mesh, x, stacked, unroll=True if compute.unroll else 1)
 
 
 def apply_blocks(

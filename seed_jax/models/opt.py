@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from seed_jax import sharding
 from seed_jax.models import layers, lora
 from seed_jax.models.layers import Array, Compute
 from seed_jax.models.lora import LoRAConfig
@@ -132,7 +133,8 @@ def logits(x_BTE: Array, table_VE: Array) -> Array:
     if x_BTE.dtype == jnp.float16 and jax.default_backend() == "cpu":
         # XLA's CPU backend lacks the float16 product with float32 sums that is asked for below.
         x_BTE, table_VE = x_BTE.astype(jnp.float32), table_VE.astype(jnp.float32)
-    return layers.times_rows(x_BTE, table_VE, preferred_element_type=jnp.float32)
+    logits_BTV = layers.times_rows(x_BTE, table_VE, preferred_element_type=jnp.float32)
+    return sharding.constrain(logits_BTV, "batch")
 
 
 class OPT(nnx.Module):
@@ -169,7 +171,7 @@ class OPT(nnx.Module):
 
     def __call__(self, ids_BT: Array, segments_BT: Array, *, key: Array | None = None) -> Array:
         """Logits float32 [B, T, V]; see `hidden_states` for the arguments."""
-        words_BTE = self.words[...][ids_BT]
+        words_BTE = layers.lookup(self.words, ids_BT)
         return self.word_logits(self.hidden_states(words_BTE, segments_BT, key=key)[0])
 
     def hidden_states(
@@ -206,7 +208,7 @@ class OPT(nnx.Module):
         x_BTD = words_BTE.astype(self.compute.dtype)
         if self.project_in is not None:
             x_BTD = self.project_in(x_BTD)
-        rows_BTD = self.positions[...][positions_BT + POSITION_OFFSET]
+        rows_BTD = layers.lookup(self.positions, positions_BT + POSITION_OFFSET)
         return x_BTD + rows_BTD.astype(self.compute.dtype)
 
     def finish(self, x_BTD: Array) -> Array:
@@ -269,7 +271,7 @@ class OPT(nnx.Module):
         at: Array | int,
     ) -> tuple[Array, list[KeysValues]]:
         """Logits after the last token, float32 [B, V], and the cache; see `cached`."""
-        words_BTE = self.words[...][ids_BT]
+        words_BTE = layers.lookup(self.words, ids_BT)
         x_BTE, cache = self.cached(words_BTE, positions_BT, mask_BTS, cache, at)
         return self.word_logits(x_BTE[:, -1:])[:, 0], cache
 

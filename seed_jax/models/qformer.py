@@ -268,7 +268,7 @@ class QFormer(nnx.Module):
             parts.append(jnp.broadcast_to(self.query_tokens[...][None], shape))
         if text_ids_BT is not None:
             assert self.words is not None and self.positions is not None
-            words_BTD = self.words[...][text_ids_BT]
+            words_BTD = layers.lookup(self.words, text_ids_BT)
             parts.append(words_BTD + self.positions[: text_ids_BT.shape[1]][None])
         mask = attention_mask(queries, text_mask_BT, causal=self.config.causal and queries > 0)
         return self.norm(jnp.concatenate(parts, axis=1)), queries, mask

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from seed_jax.models import layers
 from seed_jax.models.layers import Array
 
 
@@ -36,6 +37,7 @@ class Codebook(nnx.Module):
                 rngs.params(), (config.size, config.dim), minval=-bound, maxval=bound
             ),
             axes=("codes", None),
+            exact=True,
         )
         self.config = config
 
@@ -54,7 +56,7 @@ class Codebook(nnx.Module):
 
     def lookup(self, codes_BQ: Array) -> Array:
         """The code vectors, float32 [B, Q, K]."""
-        return self.vectors[...][codes_BQ]
+        return layers.lookup(self.vectors, codes_BQ)
 
     def quantize(self, z_BQK: Array) -> tuple[Array, Array, Array]:
         """Replaces each vector by its code; the gradient passes through to `z_BQK`.

@@ -231,14 +231,15 @@ class SeedTokenizer(nnx.Module):
     ):
         width, dim = config.encoder.qformer.width, config.codebook.dim
 
-        def dense(din: int, dout: int, compute: Compute = compute) -> nnx.Linear:
-            return layers.dense(din, dout, axes=("embed", None), compute=compute, rngs=rngs)
+        def dense(din: int, dout: int, *, exact: bool = False) -> nnx.Linear:
+            return layers.dense(
+                din, dout, axes=("embed", None), compute=compute, rngs=rngs, exact=exact
+            )
 
         self.encoder = CausalEncoder(config.encoder, compute=compute, rngs=rngs)
         self.codebook = Codebook(config.codebook, rngs=rngs)
         # What decides a code runs in float32: rounding here would change codes.
-        exact = dataclasses.replace(compute, dtype=jnp.float32)
-        self.to_code = nnx.List([dense(width, width, exact), dense(width, dim, exact)])
+        self.to_code = nnx.List([dense(width, width, exact=True), dense(width, dim, exact=True)])
         self.from_code = nnx.List([dense(dim, dim), dense(dim, width)])
         self.reconstruction = (
             Decoder(config, compute=compute, rngs=rngs) if config.reconstruction else None

@@ -88,16 +88,16 @@ class VisualOPT(nnx.Module):
         """Embeddings of words, codes and markers, [B, T, E]."""
         words = self.config.opt.vocab_size
         visual_BT = ids_BT - words
-        word_BTE = self.opt.words[...][jnp.minimum(ids_BT, words - 1)]
+        word_BTE = layers.lookup(self.opt.words, jnp.minimum(ids_BT, words - 1))
         if self.vectors is None or self.project is None:
-            visual_BTE = self.rows[...][jnp.maximum(visual_BT, 0)]
+            visual_BTE = layers.lookup(self.rows, jnp.maximum(visual_BT, 0))
         else:
             code_BT = jnp.clip(visual_BT, 0, self.config.codes - 1)
             marker_BT = jnp.maximum(visual_BT - self.config.codes, 0)
             visual_BTE = jnp.where(
                 (visual_BT >= self.config.codes)[..., None],
-                self.rows[...][marker_BT],
-                self.project(self.vectors[...][code_BT]),
+                layers.lookup(self.rows, marker_BT),
+                self.project(layers.lookup(self.vectors, code_BT)),
             )
         return jnp.where((visual_BT >= 0)[..., None], visual_BTE, word_BTE)
 

@@ -30,7 +30,15 @@ def compute_of(config: ConfigDict) -> Compute:
 
 
 class Task(Protocol):
-    """What the training loop asks of a stage. `model` is what `build` made."""
+    """What the training loop asks of a stage. `model` is what `build` made.
+
+    Attributes:
+      contrastive: whether the loss compares rows. Then `outputs` may run twice, and finds in its
+        second batch the dict of what it has seen, so that nothing frozen runs again. If not, the
+        loss must be linear in the outputs, with factors that depend on the batch alone.
+    """
+
+    contrastive: bool
 
     def __init__(self, config: ConfigDict) -> None: ...
 
@@ -46,12 +54,21 @@ class Task(Protocol):
     def prepare(self, model: Any, batches: Any) -> None:
         """Once, before the first step: loads earlier stages' weights, looks at data if need be."""
 
-    def loss(
-        self, model: Any, batch: Batch, key: jax.Array
-    ) -> tuple[jax.Array, dict[str, jax.Array], Any]:
-        """The loss, metrics, and what `after_update` wants to know."""
+    def outputs(self, model: Any, batch: Batch, key: jax.Array) -> tuple[Any, Any]:
+        """Runs the networks on some rows of a batch.
 
-    def after_update(self, model: Any, aux: Any, key: jax.Array) -> None:
+        Returns:
+          What the loss is made of, with gradients, and what else is seen on the way, for metrics
+          and `after_update`. Both are pytrees of arrays with a row for each of the batch, float32
+          in the former, and of scalars that are means over equally many rows.
+        """
+
+    def loss(
+        self, model: Any, batch: Batch, outputs: Any, seen: Any
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The loss and metrics of a whole batch, given what `outputs` made of all its rows."""
+
+    def after_update(self, model: Any, seen: Any, key: jax.Array) -> None:
         """Changes variables of the module in place after the optimizer's update (inside jit)."""
 
     def save(self, model: Any, path: Path) -> None:

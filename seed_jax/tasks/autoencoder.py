@@ -38,6 +38,8 @@ class AutoencoderKL:
     Source: arXiv 2112.10752, section 3.1, without its perceptual and adversarial terms.
     """
 
+    contrastive = False
+
     def __init__(self, config: ConfigDict):
         self.config = config
         self.sizes = model_dir.from_dict(AutoencoderConfig, config.model.to_dict(), "config.model")
@@ -54,25 +56,34 @@ class AutoencoderKL:
     def prepare(self, model: ScaledAutoencoder, batches: Any) -> None:
         """Starts from chance."""
 
-    def loss(
+    def outputs(
         self, model: ScaledAutoencoder, batch: Batch, key: jax.Array
-    ) -> tuple[jax.Array, dict[str, jax.Array], jax.Array]:
+    ) -> tuple[dict[str, jax.Array], tuple[jax.Array, jax.Array]]:
+        """The parts of the loss; the mean squared error and the latents."""
         pictures_BHWC = to_signed(batch["image"])
         mean_BHWC, logvar_BHWC = model.autoencoder.encode(pictures_BHWC)
         latents_BHWC = draw_gaussian(mean_BHWC, logvar_BHWC, key)
         error_BHWC = model.autoencoder.decode(latents_BHWC) - pictures_BHWC
         divergence = (mean_BHWC**2 + jnp.exp(logvar_BHWC) - 1 - logvar_BHWC).mean() / 2
-        absolute = jnp.abs(error_BHWC).mean()
-        loss = absolute + self.config.loss.divergence * divergence
-        metrics = {
-            "absolute_error": absolute,
-            "divergence": divergence,
-            "psnr": 10 * jnp.log10(4 / jnp.mean(error_BHWC**2)),
-        }
-        return loss, metrics, jnp.var(latents_BHWC)
+        parts = {"absolute_error": jnp.abs(error_BHWC).mean(), "divergence": divergence}
+        return parts, (jnp.mean(error_BHWC**2), latents_BHWC)
 
-    def after_update(self, model: ScaledAutoencoder, aux: jax.Array, key: jax.Array) -> None:
-        model.variance[...] = DECAY * model.variance[...] + (1 - DECAY) * aux
+    def loss(
+        self,
+        model: ScaledAutoencoder,
+        batch: Batch,
+        outputs: dict[str, jax.Array],
+        seen: tuple[jax.Array, jax.Array],
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        squared, _ = seen
+        loss = outputs["absolute_error"] + self.config.loss.divergence * outputs["divergence"]
+        return loss, {**outputs, "psnr": 10 * jnp.log10(4 / squared)}
+
+    def after_update(
+        self, model: ScaledAutoencoder, seen: tuple[jax.Array, jax.Array], key: jax.Array
+    ) -> None:
+        _, latents_BHWC = seen
+        model.variance[...] = DECAY * model.variance[...] + (1 - DECAY) * jnp.var(latents_BHWC)
 
     def save(self, model: ScaledAutoencoder, path: Path) -> None:
         """Writes vae/ as in a Stable Diffusion directory."""

@@ -24,6 +24,8 @@ KINDS = (KIND, VIT_KIND, BERT_KIND)
 class CausalQFormer:
     """Contrastive training of queries, Q-Former, `ln_vision` and heads; the ViT by option."""
 
+    contrastive = True
+
     def __init__(self, config: ConfigDict):
         self.config = config
         self.sizes = model_dir.from_dict(EncoderConfig, config.model.to_dict(), "config.model")
@@ -96,20 +98,33 @@ class CausalQFormer:
         if "qformer/words" in left:
             qformer.words[...] *= self.config.first_scale.words
 
-    def loss(
+    def outputs(
         self, model: CausalEncoder, batch: Batch, key: jax.Array
-    ) -> tuple[jax.Array, dict[str, jax.Array], None]:
+    ) -> tuple[tuple[jax.Array, jax.Array], Batch]:
+        """Features of both sides, and those of a frozen ViT where the batch doesn't hold them."""
         image_key, text_key = jax.random.split(key)
-        image_BE = model.image_features(model.causal_embeddings(batch["image"], key=image_key))
+        seen = {}
+        if "vit" in batch:
+            vit_BTD = batch["vit"]
+        else:
+            vit_BTD = model.vit(batch["image"])
+            seen = {} if self.config.train_vit else {"vit": vit_BTD}
+        causal_BQD = model.qformer(model.ln_vision(vit_BTD), key=image_key)
+        image_BE = model.image_features(causal_BQD)
         text_BE = model.text_features(batch["text"], batch["text_mask"], key=text_key)
+        return (image_BE, text_BE), seen
+
+    def loss(
+        self, model: CausalEncoder, batch: Batch, outputs: tuple[jax.Array, jax.Array], seen: Batch
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         assert model.temperature is not None
         temperature = model.temperature[...]
         loss, accuracy = losses.contrastive(
-            image_BE, text_BE, temperature, label_smoothing=self.config.loss.label_smoothing
+            *outputs, temperature, label_smoothing=self.config.loss.label_smoothing
         )
-        return loss, {**accuracy, "temperature": temperature}, None
+        return loss, {**accuracy, "temperature": temperature}
 
-    def after_update(self, model: CausalEncoder, aux: None, key: jax.Array) -> None:
+    def after_update(self, model: CausalEncoder, seen: Batch, key: jax.Array) -> None:
         assert model.temperature is not None
         model.temperature[...] = jnp.maximum(
             model.temperature[...], self.config.loss.min_temperature

@@ -52,6 +52,8 @@ class Codebook:
     feature that captions are compared with.
     """
 
+    contrastive = False
+
     def __init__(self, config: ConfigDict):
         self.config = config
         if not config.init:
@@ -151,9 +153,10 @@ class Codebook:
             means_CK, _ = kmeans2(z_NK, len(vectors), iter=10, minit="points", rng=self.config.seed)
         vectors[...] = jax.device_put(means_CK.astype(np.float32), vectors[...].sharding)
 
-    def loss(
+    def outputs(
         self, model: TeachedTokenizer, batch: Batch, key: jax.Array
-    ) -> tuple[jax.Array, dict[str, jax.Array], tuple[jax.Array, jax.Array]]:
+    ) -> tuple[dict[str, jax.Array], tuple[jax.Array, jax.Array]]:
+        """The parts of the loss; the codes and the vectors that they stand for."""
         tokenizer, weights = model.tokenizer, self.config.loss
         known = recall(model.memory, model, self._run_frozen, batch)
         causal_BQD = jax.lax.stop_gradient(known["causal"])
@@ -175,15 +178,26 @@ class Codebook:
             parts["loss_retrieval"] = weights.retrieval * losses.cosine_reconstruction(
                 tokenizer.image_features(decoded_BQD), tokenizer.image_features(causal_BQD)
             )
+        return parts, (codes_BQ, z_BQK)
+
+    def loss(
+        self,
+        model: TeachedTokenizer,
+        batch: Batch,
+        outputs: dict[str, jax.Array],
+        seen: tuple[jax.Array, jax.Array],
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        codes_BQ, _ = seen
         counts_C = quantizer.usage_counts(codes_BQ, self.sizes.codebook.size)
         health = quantizer.codebook_health(model.counts[...] + counts_C)
-        metrics = parts | {f"codebook_{name}": value for name, value in health.items()}
-        return sum(parts.values()), metrics, (counts_C, z_BQK)
+        metrics = outputs | {f"codebook_{name}": value for name, value in health.items()}
+        return sum(outputs.values(), jnp.float32(0)), metrics
 
     def after_update(
-        self, model: TeachedTokenizer, aux: tuple[jax.Array, jax.Array], key: jax.Array
+        self, model: TeachedTokenizer, seen: tuple[jax.Array, jax.Array], key: jax.Array
     ) -> None:
-        counts_C, z_BQK = aux
+        codes_BQ, z_BQK = seen
+        counts_C = quantizer.usage_counts(codes_BQ, self.sizes.codebook.size)
         health, vectors = self.config.codebook_health, model.tokenizer.codebook.vectors
         ema_C = health.decay * model.counts[...] + (1 - health.decay) * counts_C
         if health.dead_code_threshold:

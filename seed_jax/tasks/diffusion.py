@@ -64,6 +64,8 @@ class Diffusion:
     (arXiv 2207.12598).
     """
 
+    contrastive = False
+
     def __init__(self, config: ConfigDict):
         self.config = config
         self.autoencoder = diffusers_folder.read_autoencoder(config.autoencoder)
@@ -138,9 +140,10 @@ class Diffusion:
         states_BSD = frozen.teacher(batch["prompt"])
         return {"mean": mean_BHWC, "logvar": logvar_BHWC, "states": states_BSD}
 
-    def loss(
+    def outputs(
         self, model: DrawingModel, batch: Batch, key: jax.Array
-    ) -> tuple[jax.Array, dict[str, jax.Array], None]:
+    ) -> tuple[jax.Array, jax.Array]:
+        """Mean squared error, weighted by the time and not."""
         latent_key, time_key, noise_key, drop_key = jax.random.split(key, 4)
         known = recall(model.memory, model, self._run_frozen, batch)
         latents_BHWC = draw_gaussian(known["mean"], known["logvar"], latent_key)
@@ -161,9 +164,14 @@ class Diffusion:
         error_B = jnp.mean((predicted_BHWC - noise_BHWC) ** 2, axis=(1, 2, 3))
         ratio_B = signal_B / (1 - signal_B)
         weight_B = jnp.minimum(ratio_B, self.config.loss.min_snr) / ratio_B
-        return jnp.mean(weight_B * error_B), {"squared_error": error_B.mean()}, None
+        return jnp.mean(weight_B * error_B), error_B.mean()
 
-    def after_update(self, model: DrawingModel, aux: None, key: jax.Array) -> None:
+    def loss(
+        self, model: DrawingModel, batch: Batch, outputs: jax.Array, seen: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return outputs, {"squared_error": seen}
+
+    def after_update(self, model: DrawingModel, seen: jax.Array, key: jax.Array) -> None:
         """Nothing but the optimizer changes the model."""
 
     def save(self, model: DrawingModel, path: Path) -> None:

@@ -21,6 +21,8 @@ PACKAGED = Path(__file__).parents[1] / "assets" / "tiny_opt"
 class LanguageModel:
     """Next-token prediction on captions, several in a row that don't see each other."""
 
+    contrastive = False
+
     def __init__(self, config: ConfigDict):
         self.config = config
         self.tokenizer = load_tokenizer(config.tokenizer or PACKAGED)
@@ -47,15 +49,19 @@ class LanguageModel:
     def prepare(self, model: OPT, batches: Any) -> None:
         """Starts from chance."""
 
-    def loss(
-        self, model: OPT, batch: Batch, key: jax.Array
-    ) -> tuple[jax.Array, dict[str, jax.Array], None]:
+    def outputs(self, model: OPT, batch: Batch, key: jax.Array) -> tuple[jax.Array, None]:
+        """The loss of each token but a row's first."""
         ids_RT = batch["text_ids"]
         logits_RTV = model(ids_RT, batch["text_segments"], key=key)
-        loss = losses.next_token(logits_RTV, ids_RT, batch["text_target"])
-        return loss, {"left_out": batch["text_left_out"].mean()}, None
+        return losses.each_token(logits_RTV, ids_RT), None
 
-    def after_update(self, model: OPT, aux: None, key: jax.Array) -> None:
+    def loss(
+        self, model: OPT, batch: Batch, outputs: jax.Array, seen: None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        loss = losses.mean_where(outputs, batch["text_target"][:, 1:])
+        return loss, {"left_out": batch["text_left_out"].mean()}
+
+    def after_update(self, model: OPT, seen: None, key: jax.Array) -> None:
         """Nothing."""
 
     def save(self, model: OPT, path: Path) -> None:

@@ -40,6 +40,8 @@ class TokenizedOPT(nnx.Module):
 class SeedOPTTraining:
     """Next-token prediction of captions and codes; adapters and the visual vocabulary train."""
 
+    contrastive = False
+
     def __init__(self, config: ConfigDict):
         self.config = config
         if not config.init:
@@ -113,23 +115,29 @@ class SeedOPTTraining:
             put(own[path], value[...])
         nnx.update(visual.opt, nnx.from_flat_state(own))
 
-    def loss(
+    def outputs(
         self, model: TokenizedOPT, batch: Batch, key: jax.Array
-    ) -> tuple[jax.Array, dict[str, jax.Array], None]:
-        ids_RT, target_RT = batch["pair_ids"], batch["pair_target"]
+    ) -> tuple[jax.Array, jax.Array]:
+        """The loss of each token but a row's first, and whether it is a word."""
+        ids_RT = batch["pair_ids"]
         if model.tokenizer is not None:
             codes_PQ = jax.lax.stop_gradient(model.tokenizer.encode(batch["image"]))
             ids_RT = fill_in(ids_RT, codes_PQ + self.sizes.opt.vocab_size)
         logits_RTV = model.model(ids_RT, batch["pair_segments"], key=key)
-        is_word_RT = ids_RT < self.sizes.opt.vocab_size
+        return losses.each_token(logits_RTV, ids_RT), ids_RT[:, 1:] < self.sizes.opt.vocab_size
+
+    def loss(
+        self, model: TokenizedOPT, batch: Batch, outputs: jax.Array, seen: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        losses_RT, is_word_RT, target_RT = outputs, seen, batch["pair_target"][:, 1:]
         metrics = {
-            "loss_words": losses.next_token(logits_RTV, ids_RT, target_RT & is_word_RT),
-            "loss_codes": losses.next_token(logits_RTV, ids_RT, target_RT & ~is_word_RT),
+            "loss_words": losses.mean_where(losses_RT, target_RT & is_word_RT),
+            "loss_codes": losses.mean_where(losses_RT, target_RT & ~is_word_RT),
             "left_out": batch["pair_left_out"].mean(),
         }
-        return losses.next_token(logits_RTV, ids_RT, target_RT), metrics, None
+        return losses.mean_where(losses_RT, target_RT), metrics
 
-    def after_update(self, model: TokenizedOPT, aux: None, key: jax.Array) -> None:
+    def after_update(self, model: TokenizedOPT, seen: jax.Array, key: jax.Array) -> None:
         """Nothing."""
 
     def save(self, model: TokenizedOPT, path: Path) -> None:

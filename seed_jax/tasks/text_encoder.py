@@ -72,6 +72,8 @@ class Clip(nnx.Module):
 class TextEncoder:
     """Contrastive training of both sides; the text side is what is kept."""
 
+    contrastive = True
+
     def __init__(self, config: ConfigDict):
         self.config = config
         self.sizes = model_dir.from_dict(PairConfig, config.model.to_dict(), "config.model")
@@ -108,18 +110,23 @@ class TextEncoder:
                 width = param.shape[-1 if name.endswith("embedding") else 0]
                 param[...] *= width**-0.5 / DRAWN_DEVIATION
 
-    def loss(
+    def outputs(
         self, model: Clip, batch: Batch, key: jax.Array
-    ) -> tuple[jax.Array, dict[str, jax.Array], None]:
+    ) -> tuple[tuple[jax.Array, jax.Array], Batch]:
         image_BE = model.image_features(batch["image"])
         text_BE = model.text_features(batch["prompt"], batch["prompt_mask"])
+        return (image_BE, text_BE), {}
+
+    def loss(
+        self, model: Clip, batch: Batch, outputs: tuple[jax.Array, jax.Array], seen: Batch
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         temperature = model.temperature[...]
         loss, accuracy = losses.contrastive(
-            image_BE, text_BE, temperature, label_smoothing=self.config.loss.label_smoothing
+            *outputs, temperature, label_smoothing=self.config.loss.label_smoothing
         )
-        return loss, {**accuracy, "temperature": temperature}, None
+        return loss, {**accuracy, "temperature": temperature}
 
-    def after_update(self, model: Clip, aux: None, key: jax.Array) -> None:
+    def after_update(self, model: Clip, seen: Batch, key: jax.Array) -> None:
         floor = self.config.loss.min_temperature
         model.temperature[...] = jnp.maximum(model.temperature[...], floor)
 
