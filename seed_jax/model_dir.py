@@ -49,7 +49,7 @@ def save(
     """
     params = flat_params(nnx.state(module, nnx.Param))
     with replaced_when_whole(path) as partial:
-        with ocp.StandardCheckpointer() as checkpointer:
+        with _checkpointer() as checkpointer:
             checkpointer.save(partial / "params", params)
         if add_files is not None:
             add_files(partial)
@@ -67,6 +67,16 @@ def save(
             "files": files,
         }
         (partial / "config.json").write_text(json.dumps(description, indent=2) + "\n")
+
+
+def _checkpointer() -> ocp.StandardCheckpointer:
+    """One that waits for no other process: the first alone writes, and each reads its own part."""
+    me = jax.process_index()
+    return ocp.StandardCheckpointer(
+        multiprocessing_options=ocp.options.MultiprocessingOptions(
+            primary_host=me, active_processes={me}, barrier_sync_key_prefix=str(me)
+        )
+    )
 
 
 @contextlib.contextmanager
@@ -198,7 +208,7 @@ def restore_params(
     """
     folder = Path(path).absolute() / "params"
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
+        with _checkpointer() as checkpointer:
             stored = checkpointer.metadata(folder).item_metadata.tree
             check_params(path, {k: v.shape for k, v in stored.items()}, target)
             return checkpointer.restore(folder, target)
