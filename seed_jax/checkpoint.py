@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import jax
 import orbax.checkpoint as ocp
 
-from seed_jax import hosts
+from seed_jax import hosts, model_dir
 from seed_jax.cli import UserError
 
+SIZES = "sizes.json"
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -43,8 +44,17 @@ class Checkpoints:
                 create=True,
                 # What a kill left half-written; nobody else writes here.
                 cleanup_tmp_directories=True,
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._note_sizes),
             ),
         )
+
+    def _note_sizes(self) -> None:
+        """Lists the files of the checkpoint that is about to get its name."""
+        if hosts.is_first():
+            for folder in self._folder.glob("*.orbax-checkpoint-tmp*"):
+                sizes = model_dir.file_sizes(folder)
+                del sizes["_CHECKPOINT_METADATA"]  # orbax goes on writing there
+                (folder / SIZES).write_text(json.dumps(sizes))
 
     def save(self, step: int, state: Any, data: dict[str, Any]) -> None:
         """Saves unless this step is there already.
@@ -105,8 +115,10 @@ class Checkpoints:
         return None
 
     def _read(self, step: int, target: Any) -> Restored:
-        # By handlers, which wait for no other process: this one may fail where others don't.
         folder = self._folder / str(step)
+        for problem in model_dir.wrong_sizes(folder, json.loads((folder / SIZES).read_text())):
+            raise ValueError(problem)
+        # By handlers, which wait for no other process: this one may fail where others don't.
         data = ocp.JsonCheckpointHandler().restore(folder / "data", ocp.args.JsonRestore())
         flat = ocp.StandardCheckpointHandler().restore(
             folder / "state", args=ocp.args.StandardRestore(_by_path(target))
