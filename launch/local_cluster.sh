@@ -41,6 +41,7 @@ while true; do
         JAX_PROCESS_ID=$index $python -m seed_jax.train "$@" &
         processes[index]=$!
     done
+    echo "local_cluster: started ${processes[*]}" >&2
 
     status=0
     while [ ${#processes[@]} -gt 0 ]; do

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import json
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -167,11 +168,11 @@ class Checkpoints:
 
 
 def _is_lack_of_space(error: BaseException | None) -> bool:
-    # Some layers raise errors of their own with the system's name in the message.
+    # What writes arrays raises errors of its own with the system's words in the message.
     while error is not None:
         if isinstance(error, OSError) and error.errno in NO_SPACE:
             return True
-        if any(errno.errorcode[number] in str(error) for number in NO_SPACE):
+        if any(os.strerror(number) in str(error) for number in NO_SPACE):
             return True
         error = error.__cause__ or error.__context__
     return False

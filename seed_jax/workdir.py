@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,16 +56,14 @@ def _locked(workdir: Path) -> Iterator[None]:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                file.seek(0)
                 raise UserError(
-                    f"{file.name} can't be locked ({error.strerror}); take a --workdir on a file "
-                    "system with locks"
-                ) from error
-            file.seek(0)
-            raise UserError(
-                f"{workdir} is in use by another run ({file.read().strip()}); wait until it has "
-                "ended, stop it, or take a new --workdir"
-            ) from None
+                    f"{workdir} is in use by another run ({file.read().strip()}); wait until it "
+                    "has ended, stop it, or take a new --workdir"
+                ) from None
+            # Some network file systems know no locks.
+            print(f"warning: {file.name} can't be locked: {error.strerror}", file=sys.stderr)
         file.truncate(0)
         file.write(f"{socket.gethostname()}, process {os.getpid()}\n")
         file.flush()
