@@ -1,12 +1,8 @@
 """Checkpoints of a run: training state and data iterator together, by orbax."""
 
-import contextlib
-import errno
 import json
-import os
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +13,7 @@ from seed_jax import hosts, model_dir
 from seed_jax.cli import UserError
 
 SIZES = "sizes.json"
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+HALF_WRITTEN = "*.orbax-checkpoint-tmp*"
 
 
 class Restored(NamedTuple):
@@ -52,7 +48,7 @@ class Checkpoints:
     def _note_sizes(self) -> None:
         """Lists the files of the checkpoint that is about to get its name."""
         if hosts.is_first():
-            for folder in self._folder.glob("*.orbax-checkpoint-tmp*"):
+            for folder in self._folder.glob(HALF_WRITTEN):
                 sizes = model_dir.file_sizes(folder)
                 del sizes["_CHECKPOINT_METADATA"]  # orbax goes on writing there
                 (folder / SIZES).write_text(json.dumps(sizes))
@@ -63,21 +59,17 @@ class Checkpoints:
         Args:
           state: pytree of arrays, sharded or not.
           data: this host's data iterator's state as of the batch after this step; JSON-able.
-
-        Raises:
-          UserError: there is no room on the disk, now or for the checkpoint before.
         """
         if self._manager.latest_step() == step:
             return
         states = [json.loads(text) for text in hosts.gather(json.dumps(data))]
-        with self._room_on_disk():
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(_by_path(state)),
-                    data=ocp.args.JsonSave({"hosts": states}),
-                ),
-            )
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(_by_path(state)),
+                data=ocp.args.JsonSave({"hosts": states}),
+            ),
+        )
 
     def restore(self, state: Any, shardings: Any) -> Restored | None:
         """The newest checkpoint that can be read, its state like `state` and split by `shardings`.
@@ -144,38 +136,15 @@ class Checkpoints:
         self._manager.reload()
 
     def close(self) -> None:
-        """Waits for the save under way.
-
-        Raises:
-          UserError: there was no room for it.
-        """
-        with self._room_on_disk():
-            self._manager.close()
-
-    @contextlib.contextmanager
-    def _room_on_disk(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            if not _is_lack_of_space(error):
-                raise
-            steps = self._manager.all_steps()
-            goes_on = f"from step {max(steps)}" if steps else "from the start"
-            raise UserError(
-                f"{self._folder}: no room for a checkpoint ({_first_line(error)}); make some, and "
-                f"the same command goes on {goes_on}"
-            ) from error
+        """Waits for the save under way."""
+        self._manager.close()
 
 
-def _is_lack_of_space(error: BaseException | None) -> bool:
-    # What writes arrays raises errors of its own with the system's words in the message.
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in NO_SPACE:
-            return True
-        if any(os.strerror(number) in str(error) for number in NO_SPACE):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+def give_back_room(folder: Path) -> int | None:
+    """Takes away what there is of an unfinished checkpoint; the step of the newest whole one."""
+    for half in folder.glob(HALF_WRITTEN):
+        shutil.rmtree(half, ignore_errors=True)
+    return max((int(path.name) for path in folder.glob("*") if path.name.isdigit()), default=None)
 
 
 def _first_line(error: BaseException) -> str:

@@ -14,8 +14,8 @@ class UserError(Exception):
 
 def run(main: Callable[[], object]) -> None:
     """Runs `main`; exits 2 with one line on a `UserError`, 130 on Ctrl-C."""
-    # Libraries' notes about what they are doing would bury ours.
-    logging.set_verbosity(logging.WARNING)
+    # Libraries' notes would bury ours, and what they call errors they raise too.
+    logging.set_verbosity(logging.FATAL)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         main()

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
 from seed_jax import cli, hosts, sharding, state
-from seed_jax.checkpoint import Checkpoints
+from seed_jax.checkpoint import Checkpoints, give_back_room
 from seed_jax.cli import UserError
 from seed_jax.data import pipeline, sources
 from seed_jax.data.sources import Source
@@ -34,7 +34,7 @@ from seed_jax.tasks.diffusion import Diffusion
 from seed_jax.tasks.language_model import LanguageModel
 from seed_jax.tasks.seed_opt import SeedOPTTraining
 from seed_jax.tasks.text_encoder import TextEncoder
-from seed_jax.workdir import held, replace_text
+from seed_jax.workdir import held, lack_of_room, replace_text
 
 TASKS: dict[str, type[Task]] = {
     "causal_qformer": CausalQFormer,
@@ -56,8 +56,18 @@ def train(config: ConfigDict, workdir: Path) -> None:
     """
     if config.task not in TASKS:
         raise UserError(f"config.task is {config.task!r}; the stages are {', '.join(TASKS)}")
-    with held(workdir, config):
-        run(config, workdir)
+    try:
+        with held(workdir, config):
+            run(config, workdir)
+    except Exception as error:
+        reason = lack_of_room(error)
+        if reason is None:
+            raise
+        newest = give_back_room(workdir / "checkpoints")
+        raise UserError(
+            f"{workdir}: {reason}; make room, and the same command goes on from "
+            + (f"step {newest}" if newest else "the start")
+        ) from error
 
 
 def run(config: ConfigDict, workdir: Path) -> None:

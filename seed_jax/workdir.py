@@ -20,6 +20,8 @@ LOCK, CONFIG = "run.lock", "config.json"
 # What may differ between two runs in one workdir: how long, how often, and on which machines.
 FREE_TO_CHANGE = {"steps", "log_every", "checkpoint_every", "keep_checkpoints", "mesh"}
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 @contextlib.contextmanager
 def held(workdir: Path, config: ConfigDict) -> Iterator[None]:
@@ -92,3 +94,14 @@ def replace_text(file: Path, text: str) -> None:
     partial = file.with_name(f".{file.name}.partial")
     partial.write_text(text)
     partial.replace(file)
+
+
+def lack_of_room(error: BaseException | None) -> str | None:
+    """Says in the system's words that the disk is full, if that is what lies behind an error."""
+    while error is not None:
+        for number in NO_ROOM:
+            # What writes checkpoints raises errors of its own that quote the system's.
+            if getattr(error, "errno", None) == number or os.strerror(number) in str(error):
+                return os.strerror(number)
+        error = error.__cause__ or error.__context__
+    return None

@@ -100,7 +100,9 @@ def test_a_full_disk_stops_with_one_line_and_the_last_checkpoint_whole(tmp_path)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
-        with pytest.raises(UserError, match=r"no room for a checkpoint .*goes on from step 3") as e:
+        with pytest.raises(
+            UserError, match=r"make room, and the same command goes on from step 3"
+        ) as e:
             train(longer, tmp_path / "w")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
