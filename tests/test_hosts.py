@@ -150,7 +150,18 @@ class Cluster:
         status = self._run.wait(timeout=300)
         self._reader.join(timeout=300)  # ends when the last process has let go of the output
         assert not self._reader.is_alive()
+        self._run.stdout.close()
         return status
+
+    def __enter__(self) -> "Cluster":
+        return self
+
+    def __exit__(self, *failure) -> None:
+        while self._run.poll() is None:  # told once, it lets them save; told twice, it kills them
+            self._run.terminate()
+            time.sleep(0.5)
+        if not self._run.stdout.closed:
+            self.end()
 
 
 def free_port() -> int:
@@ -169,28 +180,27 @@ def test_two_processes_are_stopped_killed_and_hung_and_lose_nothing(tmp_path):
     config, workdir = recipe_of_faults(), tmp_path / "w"
     train(config, tmp_path / "whole")
 
-    cluster = Cluster(workdir, tiny_causal_qformer, config, restarts=1)
-    cluster.wait_for_steps(2)
-    os.kill(cluster.processes(0)[1], signal.SIGTERM)
-    cluster.wait_for_start(1)
-    stopped = int(re.search(r"stopped at step (\d+) and saved", cluster.said)[1])
-    assert [int(path.name) for path in (workdir / "checkpoints").iterdir()] == [stopped]
-    assert [row["step"] for row in metrics(workdir)] == list(range(1, stopped + 1))
+    with Cluster(workdir, tiny_causal_qformer, config, restarts=1) as cluster:
+        cluster.wait_for_steps(2)
+        os.kill(cluster.processes(0)[1], signal.SIGTERM)
+        cluster.wait_for_start(1)
+        stopped = int(re.search(r"stopped at step (\d+) and saved", cluster.said)[1])
+        assert [int(path.name) for path in (workdir / "checkpoints").iterdir()] == [stopped]
+        assert [row["step"] for row in metrics(workdir)] == list(range(1, stopped + 1))
 
-    cluster.wait_for_steps(stopped + 2)
-    os.kill(cluster.processes(1)[1], signal.SIGKILL)
-    assert cluster.end() == 128 + signal.SIGKILL
-    assert "process 1 ended with status 137; stopping the others" in cluster.said
+        cluster.wait_for_steps(stopped + 2)
+        os.kill(cluster.processes(1)[1], signal.SIGKILL)
+        assert cluster.end() == 128 + signal.SIGKILL
+        assert "process 1 ended with status 137; stopping the others" in cluster.said
     before = losses(workdir)
     assert len(before) > stopped
 
-    cluster = Cluster(workdir, tiny_causal_qformer, config, "--heartbeat_seconds=10")
-    cluster.wait_for_steps(stopped + 1)
-    cluster.wait_for_steps(len(before) + 1)
-    os.kill(cluster.processes(0)[1], signal.SIGSTOP)
-    assert cluster.end() == 128 + signal.SIGABRT
-    assert "unhealthy (stopped sending heartbeats)" in cluster.said
-    assert "process 0 ended with status 134; stopping the others" in cluster.said
+    with Cluster(workdir, tiny_causal_qformer, config, "--heartbeat_seconds=10") as cluster:
+        cluster.wait_for_steps(len(before) + 1)
+        os.kill(cluster.processes(0)[1], signal.SIGSTOP)
+        assert cluster.end() == 128 + signal.SIGABRT
+        assert "unhealthy (stopped sending heartbeats)" in cluster.said
+        assert "process 0 ended with status 134; stopping the others" in cluster.said
     assert losses(workdir)[: len(before)] == before
 
     # From here one process goes on, on another mesh.
@@ -206,10 +216,10 @@ def test_two_processes_make_the_model_that_one_makes(tmp_path):
     config.codebook_health.update(kmeans_batches=2, dead_code_threshold=0.05)
     config.remember, config.data.split = True, "style"  # the smallest split
 
-    cluster = Cluster(tmp_path / "two", tiny_codebook, config)
-    train(config, tmp_path / "one")
-    assert cluster.end() == 0, cluster.said
-    assert cluster.said.count("the model is in") == 1
+    with Cluster(tmp_path / "two", tiny_codebook, config) as cluster:
+        train(config, tmp_path / "one")
+        assert cluster.end() == 0, cluster.said
+        assert cluster.said.count("the model is in") == 1
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5)
     one, two = (SeedTokenizer.from_pretrained(tmp_path / name / "model") for name in ("one", "two"))
     images = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8)
@@ -249,10 +259,10 @@ def test_a_shard_missing_on_one_host_is_told_once(tmp_path):
 
 def test_a_mistake_that_all_processes_notice_is_told_once(tmp_path):
     config = small(tiny_causal_qformer.get_config(), **{"mesh.tensor": 3})
-    cluster = Cluster(tmp_path / "w", tiny_causal_qformer, config)
-    assert cluster.end() == 2
-    assert cluster.said.count("error: ") == 1
-    assert "does not fit 8 devices" in cluster.said
+    with Cluster(tmp_path / "w", tiny_causal_qformer, config) as cluster:
+        assert cluster.end() == 2
+        assert cluster.said.count("error: ") == 1
+        assert "does not fit 8 devices" in cluster.said
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "launch").glob("*.sh")), ids=lambda p: p.name)
