@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -226,10 +227,64 @@ def test_two_processes_make_the_model_that_one_makes(tmp_path):
     np.testing.assert_array_equal(one.encode(images), two.encode(images))
 
 
+ROWS = """
+import sys
+import jax, numpy as np
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]), cluster_detection_method="deactivate")
+from seed_jax import sharding
+batch = np.random.default_rng(0).normal(size=(32, 3)).astype(np.float32)
+counts = []
+crossed = [jax.devices()[i] for i in (0, 4, 1, 5, 2, 6, 3, 7)]
+for devices in (jax.devices(), crossed):
+    for sizes in ({"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"tensor": 8}):
+        mesh = sharding.make_mesh(sizes, devices)
+        rows = sharding.local_rows(mesh, 32)
+        put = sharding.put_batch({"x": batch[rows]}, mesh)["x"]
+        np.testing.assert_array_equal(sharding.on_host(put), batch)
+        counts.append(len(rows))
+print("rows:", *counts)
+"""
+
+
+def run_two(*command: str, folders: Sequence[Path] = (ROOT, ROOT), **environ: str):
+    """Runs a command as processes 0 and 1 in their folders; each one's status, and what they said.
+
+    In the command, {address} is process 0's and {index} the process's own.
+    """
+    address = f"localhost:{free_port()}"
+    runs = [
+        subprocess.Popen(
+            [word.format(address=address, index=index) for word in command],
+            cwd=folder,
+            env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)} | environ,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for index, folder in enumerate(folders)
+    ]
+    try:
+        said = [run.communicate(timeout=300)[0] for run in runs]
+    finally:
+        for run in runs:
+            run.kill()
+    return [run.returncode for run in runs], said
+
+
+def test_each_host_reads_the_rows_that_its_devices_hold(tmp_path):
+    file = tmp_path / "rows.py"
+    file.write_text(ROWS)
+    four = "--xla_force_host_platform_device_count=4"
+    statuses, said = run_two(sys.executable, str(file), "{address}", "{index}", XLA_FLAGS=four)
+    assert statuses == [0, 0], said
+    # With the tensor axis across hosts, some or all rows are on both.
+    assert all("rows: 16 16 32 16 32 32" in text for text in said), said
+
+
 def test_a_shard_missing_on_one_host_is_told_once(tmp_path):
     records = [open_source("embedded", "style")[number] for number in range(20)]
     config = small(tiny_causal_qformer.get_config(), **{"data.path": "shards", "data.split": ""})
-    flags = changes(config, tiny_causal_qformer)
     for host in range(2):
         (tmp_path / str(host) / "shards").mkdir(parents=True)
         for shard in range(2):
@@ -237,22 +292,16 @@ def test_a_shard_missing_on_one_host_is_told_once(tmp_path):
             write_array_record(file, records[10 * shard :][:10])
     (tmp_path / "1/shards/1.array_record").unlink()
 
-    command = [sys.executable, "-m", "seed_jax.train", "--workdir", str(tmp_path / "w"), *flags]
-    command += [f"--config={ROOT / 'configs/tiny_causal_qformer.py'}"]
-    command += [f"--coordinator=localhost:{free_port()}", "--num_processes=2"]
-    runs = [
-        subprocess.Popen(
-            [*command, f"--process_id={host}"],
-            cwd=tmp_path / str(host),
-            env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for host in range(2)
-    ]
-    said = "".join(run.communicate(timeout=300)[1] for run in runs)
-    assert [run.returncode for run in runs] == [2, 2]
-    lines = [line for line in said.splitlines() if line.startswith("error: ")]
+    statuses, said = run_two(
+        *[sys.executable, "-m", "seed_jax.train"],
+        f"--config={ROOT / 'configs/tiny_causal_qformer.py'}",
+        f"--workdir={tmp_path / 'w'}",
+        *changes(config, tiny_causal_qformer),
+        *["--coordinator={address}", "--num_processes=2", "--process_id={index}"],
+        folders=[tmp_path / "0", tmp_path / "1"],
+    )
+    assert statuses == [2, 2], said
+    lines = [line for text in said for line in text.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, said
     assert "process 0 found 20 records in shards, but process 1 found 10 records" in lines[0]
 
