@@ -2,14 +2,15 @@
 
     python benchmarks/survival.py [--kills 20] [--workdir DIR]
 
-Each time a process drawn at random gets SIGKILL at a moment drawn at random, while it starts,
-compiles, trains or saves; launch/local_cluster.sh takes the other down, and the same command is
-given again. The last time nobody is killed. The model must be the unbroken run's bit by bit, and so
-must the loss of every step.
+Each time a process drawn at random gets SIGKILL at a moment drawn at random: half of the times
+before the first step, while it starts, compiles or restores, else while it trains and saves.
+launch/local_cluster.sh takes the other down, and the same command is given again. The last time
+nobody is killed. The model must be the unbroken run's bit by bit, and so must every step's loss.
 """
 
 import argparse
 import json
+import math
 import os
 import random
 import re
@@ -22,7 +23,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 ROOT = Path(__file__).parents[1]
-STEPS = 200
+STEPS = 120
 RECIPE = [
     "--config=configs/tiny_causal_qformer.py",
     f"--config.steps={STEPS}",
@@ -40,7 +41,7 @@ class Run:
     """The cluster in a workdir; what it says goes to a file beside it."""
 
     def __init__(self, workdir: Path, devices: int):
-        self._log = workdir.with_suffix(".log")
+        self._workdir, self._log = workdir, workdir.with_suffix(".log")
         with self._log.open("w") as log:
             self.launcher = subprocess.Popen(
                 ["bash", "launch/local_cluster.sh", "2", *RECIPE, f"--workdir={workdir}"],
@@ -55,6 +56,14 @@ class Run:
         while not (found := re.search(r"started (\d+) (\d+)", self._log.read_text())):
             time.sleep(0.01)
         return [int(found[1]), int(found[2])]
+
+    def wait(self, step: int, seconds: float = math.inf) -> None:
+        """Until the step is taken, or for so long."""
+        until = time.monotonic() + seconds
+        while len(steps_of(self._workdir)) < step and time.monotonic() < until:
+            if self.launcher.poll() is not None:
+                raise SystemExit(f"the run ended by itself; {self._log} says why")
+            time.sleep(0.05)
 
     def check(self) -> None:
         if self.launcher.wait():
@@ -84,17 +93,25 @@ def main() -> None:
 
     began = time.monotonic()
     whole, broken = folder / "whole", folder / "broken"
-    Run(whole, args.devices).check()
-    trained = steps_of(whole)[-1]["seconds"] - steps_of(whole)[0]["seconds"]
-    started = time.monotonic() - began - trained
+    run = Run(whole, args.devices)
+    run.wait(1)
+    first_step = time.monotonic() - began
+    run.wait(STEPS)
+    a_step = (time.monotonic() - began - first_step) / STEPS
+    run.check()
 
     rng = random.Random(args.seed)
-    lost = 0
-    for _ in tqdm(range(args.kills), unit="kill"):
+    lost, share = 0, STEPS // args.kills
+    for number in tqdm(range(args.kills), unit="kill"):
         run = Run(broken, args.devices)
         victim = rng.choice(run.processes())
-        # Not so late that the run could come to its end before the last kill.
-        time.sleep(rng.uniform(0, started + trained / args.kills))
+        # Each in its part of the run, so that no kill comes after its end.
+        latest = share * (number + 1) - 2
+        if rng.random() < 0.5:
+            run.wait(latest, rng.uniform(0, first_step))
+        else:
+            run.wait(rng.randint(share * number + 1, latest))
+            time.sleep(rng.uniform(0, a_step))
         os.kill(victim, signal.SIGKILL)
         if run.launcher.wait() != 128 + signal.SIGKILL:
             raise SystemExit(f"{broken.with_suffix('.log')}: not ended by the kill")
