@@ -23,7 +23,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 ROOT = Path(__file__).parents[1]
-STEPS = 120
+STEPS = 80
 RECIPE = [
     "--config=configs/tiny_causal_qformer.py",
     f"--config.steps={STEPS}",

@@ -43,26 +43,31 @@ while true; do
     done
     echo "local_cluster: started ${processes[*]}" >&2
 
-    status=0
+    status=0 alarm=
     while [ ${#processes[@]} -gt 0 ]; do
         ended=
-        wait -n -p ended "${processes[@]}"
+        wait -n -p ended "${processes[@]}" $alarm
         code=$?
+        if [ -n "$alarm" ] && [ "$ended" = "$alarm" ]; then
+            alarm=
+            stop KILL
+        fi
         for index in "${!processes[@]}"; do
             [ "${processes[index]}" = "$ended" ] || continue # none, if a signal came in between
             unset "processes[index]"
-            if [ "$code" != 0 ] && [ "$status" = 0 ]; then
-                status=$code
+            [ "$code" != 0 ] && [ "$status" = 0 ] || continue
+            status=$code
+            if [ "$code" = 2 ] || [ "$code" = 143 ]; then
                 # After a mistake, or when all have saved, the others leave by themselves.
-                grace=0
-                case $code in 2 | 143) grace=20 ;; *)
-                    echo "local_cluster: process $index ended with status $code; stopping the others" >&2
-                esac
-                [ ${#processes[@]} = 0 ] || (sleep $grace && kill -KILL "${processes[@]}" 2>/dev/null) &
+                sleep 20 &
+                alarm=$!
+            elif [ ${#processes[@]} -gt 0 ]; then
+                echo "local_cluster: process $index ended with status $code; stopping the others" >&2
+                stop KILL
             fi
         done
     done
-    kill %+ 2>/dev/null # whoever still waits to stop them
+    [ -z "$alarm" ] || kill "$alarm" 2>/dev/null
     # Ended by a signal, Ctrl-C apart.
     if [ "$status" -le 128 ] || [ "$status" = 130 ] || [ -n "$asked" ] || [ "$restarts" -le 0 ]; then
         exit "$status"

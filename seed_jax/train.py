@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import jax
 from absl import app, flags
@@ -26,6 +26,7 @@ from seed_jax.cli import UserError
 from seed_jax.data import pipeline, sources
 from seed_jax.data.sources import Source
 from seed_jax.metrics import MetricsWriter
+from seed_jax.state import TrainStep
 from seed_jax.tasks import Task
 from seed_jax.tasks.autoencoder import AutoencoderKL
 from seed_jax.tasks.causal_qformer import CausalQFormer
@@ -76,7 +77,6 @@ def run(config: ConfigDict, workdir: Path) -> None:
     check_batch(config.batch_size, mesh, per_row=config.get("sequences", {}).get("per_row", 1))
     task = TASKS[config.task](config)
     source = sources.open_source(config.data.path, config.data.split)
-    hosts.agree(f"{len(source)} records in {source.path}")
     data = pipeline.train_pipeline(
         source,
         batch_size=config.batch_size,
@@ -86,6 +86,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
         seed=config.seed,
         rows=sharding.local_rows(mesh, config.batch_size),
     )
+    hosts.agree(f"{len(source)} records in {source.path}")
     graphdef, current, shardings, tx = state.create(task, config, mesh)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)
 
@@ -122,6 +123,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
     try:
         while step < config.steps and not stop.received_before(step):
             batch = sharding.put_batch(next(data), mesh)
+            if step == start and jax.process_count() > 1:
+                step_fn = compiled_everywhere(step_fn, current, batch)
             current, metrics = step_fn(current, batch)
             step += 1
             writer.advance()
@@ -149,6 +152,18 @@ def run(config: ConfigDict, workdir: Path) -> None:
         task.save(model, workdir / "model")
     hosts.agree("saved")
     tell(f"trained {step} steps; the model is in {workdir / 'model'}")
+
+
+def compiled_everywhere(
+    step_fn: TrainStep, current: state.TrainState, batch: dict[str, jax.Array]
+) -> TrainStep:
+    """The step, compiled in all processes before one runs it.
+
+    The first to run would wait for the others inside of it, and gives up after half a minute.
+    """
+    compiled = cast(jax.stages.Wrapped, step_fn).lower(current, batch).compile()
+    hosts.agree("compiled")
+    return compiled
 
 
 def on_mesh(data: Iterator[dict[str, Any]], mesh: Mesh) -> Iterator[dict[str, jax.Array]]:

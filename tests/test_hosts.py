@@ -284,7 +284,8 @@ def test_each_host_reads_the_rows_that_its_devices_hold(tmp_path):
 
 def test_a_shard_missing_on_one_host_is_told_once(tmp_path):
     records = [open_source("embedded", "style")[number] for number in range(20)]
-    config = small(tiny_causal_qformer.get_config(), **{"data.path": "shards", "data.split": ""})
+    sizes = {"batch_size": 8, "data.path": "shards", "data.split": ""}
+    config = small(tiny_causal_qformer.get_config(), **sizes)
     for host in range(2):
         (tmp_path / str(host) / "shards").mkdir(parents=True)
         for shard in range(2):
