@@ -1,6 +1,6 @@
 """What saving a checkpoint every 50 steps costs the tiny stage-1 run.
 
-    python benchmarks/checkpointing.py [--steps 20] [--saves 5]
+    python -m benchmarks.checkpointing [--steps 20] [--saves 5]
 
 Counts the processor seconds of all threads, which other programs on the machine don't change as
 they do the wall time: those of a step, and those of a save with the writing behind it.
