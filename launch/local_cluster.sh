@@ -6,6 +6,7 @@
 # When a process dies the others are taken down, and the exit status is that of the first to die.
 # The same command goes on from the newest checkpoint.
 #
+# PYTHON    interpreter (default: .venv/bin/python)
 # DEVICES   simulated CPU devices a process (default: 4)
 # RESTARTS  how often to start again by itself if a process was ended by a signal, or saved and left
 #           at one (default: 0; a mistake in the config, status 2, is never tried again)
@@ -16,8 +17,8 @@ case "${1:-}" in
 esac
 count=$1
 shift
-python=.venv/bin/python
-[ -x $python ] || python=python3
+python=${PYTHON:-.venv/bin/python}
+command -v "$python" >/dev/null || { echo "error: no $python; bash launch/setup.sh makes it" >&2; exit 2; }
 restarts=${RESTARTS:-0}
 
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}" JAX_NUM_PROCESSES=$count
@@ -34,11 +35,11 @@ trap 'if [ -z "$asked" ]; then asked=yes; stop TERM; else stop KILL; fi' INT TER
 trap 'stop KILL' EXIT
 
 while true; do
-    port=$($python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
+    port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
     export JAX_COORDINATOR_ADDRESS="localhost:$port"
     processes=()
     for ((index = 0; index < count; index++)); do
-        JAX_PROCESS_ID=$index $python -m seed_jax.train "$@" &
+        JAX_PROCESS_ID=$index "$python" -m seed_jax.train "$@" &
         processes[index]=$!
     done
     echo "local_cluster: started ${processes[*]}" >&2
