@@ -49,5 +49,5 @@ def get_config() -> ConfigDict:
     )
     config.log_every = 10
     config.checkpoint_every = 300
-    config.keep_checkpoints = 1
+    config.keep_checkpoints = 2
     return config.lock()

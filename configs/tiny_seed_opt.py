@@ -39,5 +39,5 @@ def get_config() -> ConfigDict:
     config.data.update(path="embedded", split="train", cache=True, workers=0, crop_scale=(0.8, 1.0))
     config.log_every = 10
     config.checkpoint_every = 250
-    config.keep_checkpoints = 1
+    config.keep_checkpoints = 2
     return config.lock()

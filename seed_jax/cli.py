@@ -14,9 +14,10 @@ class UserError(Exception):
 
 def run(main: Callable[[], object]) -> None:
     """Runs `main`; exits 2 with one line on a `UserError`, 130 on Ctrl-C."""
-    # Libraries' notes about what they are doing would bury ours.
-    logging.set_verbosity(logging.WARNING)
+    # Libraries' notes would bury ours, and what they call errors they raise too.
+    logging.set_verbosity(logging.FATAL)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    sys.unraisablehook = _tell_unraisable
     try:
         main()
     except UserError as error:
@@ -25,6 +26,13 @@ def run(main: Callable[[], object]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _tell_unraisable(what: "sys.UnraisableHookArgs") -> None:
+    # Orbax gives up a checkpoint at its first failure; the writes still under way then find no loop
+    # to report to.
+    if str(what.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(what)
 
 
 def refuse_existing(output: Path, *, overwrite: bool) -> None:

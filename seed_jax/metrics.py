@@ -10,6 +10,8 @@ import jax
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from seed_jax.workdir import replace_text
+
 
 class MetricsWriter:
     """Writes metrics from process 0; the other processes' writers do nothing.
@@ -72,4 +74,4 @@ def _drop_after(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError):  # a line cut short by the kill
             continue
-    path.write_text("".join(kept))
+    replace_text(path, "".join(kept))

@@ -57,18 +57,13 @@ def save(
             checkpointer.save(partial / "params", ocp.args.PyTreeSave(params))
         if add_files is not None:
             add_files(partial)
-        files = {
-            str(f.relative_to(partial)): f.stat().st_size
-            for f in sorted(partial.rglob("*"))
-            if f.is_file()
-        }
         description = {
             "format": FORMAT,
             "kind": kind,
             "config": dataclasses.asdict(config),
             **facts,
             "content_hash": content_hash(params),
-            "files": files,
+            "files": file_sizes(partial),
         }
         (partial / "config.json").write_text(json.dumps(description, indent=2) + "\n")
 
@@ -104,23 +99,32 @@ def describe(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{what}; a model directory is what seed_jax.train writes to WORKDIR/model")
     try:
         description = json.loads(file.read_text())
-        listed = description["files"].items()
-    except (ValueError, KeyError, AttributeError):
+        listed = dict(description["files"])
+    except (ValueError, KeyError, TypeError):
         raise UserError(f"{file} is not a seed_jax model description") from None
-    for name, size in listed:
-        part = path / name
-        if not part.is_file():
-            raise UserError(f"{part} is missing; copy the model directory again, whole")
-        if part.stat().st_size != size:
-            raise UserError(
-                f"{part} has {part.stat().st_size} bytes where {size} were written; copy the model "
-                "directory again"
-            )
+    for problem in wrong_sizes(path, listed):
+        raise UserError(f"{problem}; copy the model directory again, whole")
     if description.get("format") != FORMAT:
         raise UserError(
             f"{file} is of format {description.get('format')}; this version reads {FORMAT}"
         )
     return description
+
+
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Bytes of every file below a folder, by its path there."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return {str(file.relative_to(folder)): file.stat().st_size for file in files}
+
+
+def wrong_sizes(folder: Path, listed: dict[str, int]) -> Iterator[str]:
+    """Says of each listed file that is missing or of another size what is wrong with it."""
+    for name, size in listed.items():
+        file = folder / name
+        if not file.is_file():
+            yield f"{file} is missing"
+        elif file.stat().st_size != size:
+            yield f"{file} has {file.stat().st_size} bytes where {size} were written"
 
 
 def describe_kind(path: str | Path, kind: str) -> dict[str, Any]:
@@ -304,8 +308,14 @@ def _bytes(array: jax.ShapeDtypeStruct) -> int:
 
 
 def _checkpointer() -> ocp.Checkpointer:
+    """One that waits for no other process: the first alone writes, and each reads its own part."""
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix=str(me)
+    )
     # Weights hardly compress; as they are, they go to the disk without a copy in memory.
-    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
+    handler = ocp.PyTreeCheckpointHandler(use_compression=False, multiprocessing_options=alone)
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
 def stored_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from seed_jax.cli import UserError
@@ -105,7 +106,22 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(AXIS_RULES["batch"]))
 
 
+def local_rows(mesh: Mesh, rows: int) -> list[int]:
+    """Which rows of a batch this process's devices hold, in order.
+
+    A process whose devices lie side by side on a mesh axis has rows that lie side by side; where
+    the `tensor` axis goes across processes, these have the same rows.
+    """
+    held = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
+    return sorted({row for index in held if index for row in range(rows)[index[0]]})
+
+
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's rows of a batch become global arrays on the mesh."""
+    """This process's rows of a batch (see `local_rows`) become global arrays on the mesh."""
     sharding = batch_sharding(mesh)
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+
+
+def on_host(tree: Any) -> Any:
+    """A pytree of arrays, split or not, as whole numpy arrays in every process."""
+    return multihost_utils.process_allgather(tree, tiled=True)

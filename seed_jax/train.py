@@ -5,24 +5,28 @@ end WORKDIR/model holds the model directory that the other commands load.
 """
 
 import json
+import math
 import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn, cast
 
 import jax
 from absl import app, flags
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from seed_jax import cli, sharding, state
-from seed_jax.checkpoint import Checkpoints
+from seed_jax import cli, hosts, sharding, state
+from seed_jax.checkpoint import Checkpoints, give_back_room
 from seed_jax.cli import UserError
 from seed_jax.data import pipeline, sources
+from seed_jax.data.sources import Source
 from seed_jax.metrics import MetricsWriter
+from seed_jax.state import TrainStep
 from seed_jax.tasks import Task
 from seed_jax.tasks.autoencoder import AutoencoderKL
 from seed_jax.tasks.causal_qformer import CausalQFormer
@@ -31,6 +35,7 @@ from seed_jax.tasks.diffusion import Diffusion
 from seed_jax.tasks.language_model import LanguageModel
 from seed_jax.tasks.seed_opt import SeedOPTTraining
 from seed_jax.tasks.text_encoder import TextEncoder
+from seed_jax.workdir import held, lack_of_room, replace_text
 
 TASKS: dict[str, type[Task]] = {
     "causal_qformer": CausalQFormer,
@@ -42,26 +47,32 @@ TASKS: dict[str, type[Task]] = {
     "diffusion": Diffusion,
 }
 
-# What may differ between two runs in one workdir: how long, how often, and on which machines.
-FREE_TO_CHANGE = {
-    "steps",
-    "log_every",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "mesh",
-    "accumulate",
-}
-
 
 def train(config: ConfigDict, workdir: Path) -> None:
     """Runs a config from wherever the workdir stands up to `config.steps`.
 
     Raises:
-      UserError: the config or the data don't work, or the workdir holds another run.
+      UserError: the config or the data don't work, the workdir holds another run, the disk is full,
+        or a loss is not finite.
     """
     if config.task not in TASKS:
         raise UserError(f"config.task is {config.task!r}; the stages are {', '.join(TASKS)}")
-    claim(workdir, config)
+    try:
+        with held(workdir, config):
+            run(config, workdir)
+    except Exception as error:
+        reason = lack_of_room(error)
+        if reason is None:
+            raise
+        newest = give_back_room(workdir / "checkpoints")
+        raise UserError(
+            f"{workdir}: {reason}; make room, and the same command goes on from "
+            + (f"step {newest}" if newest else "the start")
+        ) from error
+
+
+def run(config: ConfigDict, workdir: Path) -> None:
+    """`train` in a workdir that is this run's."""
     mesh = sharding.make_mesh(config.mesh.to_dict())
     per_row = config.get("sequences", {}).get("per_row", 1)
     check_batch(config.batch_size, mesh, per_row=per_row, accumulate=config.accumulate)
@@ -74,19 +85,20 @@ def train(config: ConfigDict, workdir: Path) -> None:
         texts=task.text_fields(),
         data=config.data,
         seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        rows=sharding.local_rows(mesh, config.batch_size),
     )
+    hosts.agree(f"{len(source)} records in {source.path}")
     graphdef, current, shardings, tx = state.create(task, config, mesh)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)
 
     # Weights come from, in this order: 1. this workdir's newest checkpoint; 2. what the task starts
     # from (an earlier stage's model directory); 3. chance.
-    start = checkpoints.latest or 0
-    if start:
-        current, data_state = checkpoints.restore(start, current, shardings)
-        data.set_state(data_state)
+    restored = checkpoints.restore(current, shardings)
+    if restored is not None:
+        start, current, states = restored
+        data.set_state(pipeline.state_of_host(states, jax.process_index(), jax.process_count()))
     else:
+        start = 0
         model = nnx.merge(graphdef, current.params, current.rest)
         first = data.get_state()
         task.prepare(model, on_mesh(data, mesh))
@@ -99,25 +111,34 @@ def train(config: ConfigDict, workdir: Path) -> None:
         start=start,
         steps=config.steps,
         batch_size=config.batch_size,
-        active=jax.process_index() == 0,
+        active=hosts.is_first(),
     )
+
+    def look_at(step: int, metrics: dict[str, jax.Array], index_B: jax.Array) -> None:
+        check_finite(step, metrics, index_B, source, workdir, precision=config.precision)
+        if step % config.log_every == 0 or step == config.steps:
+            writer.write(step, metrics)
+
     stop = StopSignal()
     step, pending = start, None
     try:
-        while step < config.steps and not stop.received:
-            current, metrics = step_fn(current, sharding.put_batch(next(data), mesh))
+        while step < config.steps and not stop.received_before(step):
+            batch = sharding.put_batch(next(data), mesh)
+            if step == start and jax.process_count() > 1:
+                step_fn = compiled_everywhere(step_fn, current, batch)
+            current, metrics = step_fn(current, batch)
             step += 1
             writer.advance()
             # Reading metrics waits for the device, so read those of the step before this one.
             if pending:
-                writer.write(*pending)
-                pending = None
-            if step % config.log_every == 0 or step == config.steps:
-                pending = (step, metrics)
+                look_at(*pending)
+            pending = (step, metrics, batch["index"])
             if step % config.checkpoint_every == 0:
+                look_at(*pending)  # saving waits for the step too, and should not save a NaN
+                pending = None
                 checkpoints.save(step, current, data.get_state())
         if pending:
-            writer.write(*pending)
+            look_at(*pending)
         checkpoints.save(step, current, data.get_state())
     finally:
         data.close()
@@ -125,40 +146,30 @@ def train(config: ConfigDict, workdir: Path) -> None:
         checkpoints.close()
     report_unreadable(data.unreadable)
     if step < config.steps:
-        print(f"stopped at step {step} and saved; the same command goes on from there")
-        sys.exit(128 + stop.received)
-    model = nnx.merge(graphdef, current.params, current.rest)
-    task.save(model, workdir / "model")
-    print(f"trained {step} steps; the model is in {workdir / 'model'}")
+        tell(f"stopped at step {step} and saved; the same command goes on from there")
+        sys.exit(128 + stop.number)
+    model = nnx.merge(graphdef, *whole(current.params, current.rest))
+    if hosts.is_first():
+        task.save(model, workdir / "model")
+    hosts.agree("saved")
+    tell(f"trained {step} steps; the model is in {workdir / 'model'}")
+
+
+def compiled_everywhere(
+    step_fn: TrainStep, current: state.TrainState, batch: dict[str, jax.Array]
+) -> TrainStep:
+    """The step, compiled in all processes before one runs it.
+
+    The first to run would wait for the others inside of it, and gives up after half a minute.
+    """
+    compiled = cast(jax.stages.Wrapped, step_fn).lower(current, batch).compile()
+    hosts.agree("compiled")
+    return compiled
 
 
 def on_mesh(data: Iterator[dict[str, Any]], mesh: Mesh) -> Iterator[dict[str, jax.Array]]:
     for batch in data:
         yield sharding.put_batch(batch, mesh)
-
-
-def claim(workdir: Path, config: ConfigDict) -> None:
-    """Notes the config in the workdir, or checks that it is the one noted there.
-
-    Raises:
-      UserError: the workdir was trained with another config.
-    """
-    file = workdir / "config.json"
-    wanted = json.loads(config.to_json_best_effort())
-    if file.exists():
-        there = json.loads(file.read_text())
-        differing = sorted(
-            name
-            for name in there.keys() | wanted.keys()
-            if name not in FREE_TO_CHANGE and there.get(name) != wanted.get(name)
-        )
-        if differing:
-            raise UserError(
-                f"{workdir} was trained with another config (differs in {', '.join(differing)}); "
-                "take a new --workdir, or the config it was trained with"
-            )
-    workdir.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(wanted, indent=2) + "\n")
 
 
 def check_batch(batch_size: int, mesh: Mesh, *, per_row: int, accumulate: int) -> None:
@@ -182,24 +193,79 @@ def check_batch(batch_size: int, mesh: Mesh, *, per_row: int, accumulate: int) -
         )
 
 
+def check_finite(
+    step: int,
+    metrics: dict[str, jax.Array],
+    index_B: jax.Array,
+    source: Source,
+    workdir: Path,
+    *,
+    precision: str,
+) -> None:
+    """Raises a UserError that names the records of the batch if the step made no finite numbers.
+
+    In float16, gradients that are not finite are skipped and the loss scale mends them.
+    """
+    watched = ["loss"] if precision == "float16" else ["loss", "grad_norm"]
+    values = {name: float(metrics[name]) for name in watched}
+    wrong = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
+    if not wrong:
+        return
+    names = [source.name(index) for index in sharding.on_host(index_B)]
+    file = workdir / f"not_finite_{step}.json"
+    if hosts.is_first():
+        replace_text(file, json.dumps({"step": step, "records": names}, indent=2) + "\n")
+    others = f" and {len(names) - 3} more, all in {file}" if names[3:] else ""
+    raise UserError(
+        f"step {step}: {' and '.join(wrong)}, on the records {', '.join(names[:3])}{others}; look "
+        "at these, or lower config.optimizer.learning_rate"
+    )
+
+
+def whole(*trees: Any) -> Any:
+    """Trees of arrays that any one process can write: gathered, if they lie on several."""
+    return trees if jax.process_count() == 1 else sharding.on_host(trees)
+
+
+def tell(line: str) -> None:
+    if hosts.is_first():
+        print(line)
+
+
 def report_unreadable(names: list[str]) -> None:
+    names = sorted({name for text in hosts.gather(json.dumps(names)) for name in json.loads(text)})
     if names:
-        print(f"{len(names)} pictures could not be read and were skipped:")
-        print("\n".join(f"  {name}" for name in names))
+        tell(f"{len(names)} pictures could not be read and were skipped:")
+        tell("\n".join(f"  {name}" for name in names))
 
 
 class StopSignal:
-    """Notes SIGINT and SIGTERM, so that the loop can finish its step and save."""
+    """Notes SIGINT and SIGTERM, so that the loop can finish its step and save.
+
+    Several processes stop at the same step, whichever of them was told to: JAX notices SIGTERM, and
+    sees to it that all hear of it.
+    """
 
     def __init__(self) -> None:
-        self.received = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._note)
+        self.number = 0
+        self._alone = jax.process_count() == 1
+        signal.signal(signal.SIGINT, self._note)
+        if self._alone:
+            signal.signal(signal.SIGTERM, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
         # A second signal is obeyed at once.
         signal.signal(number, signal.SIG_DFL)
+        if self._alone:
+            self.number = number
+        else:
+            signal.raise_signal(signal.SIGTERM)
+
+    def received_before(self, step: int) -> bool:
+        """Whether to stop instead of going on from `step`; `number` then says by which signal."""
+        if not self._alone and multihost_utils.reached_preemption_sync_point(step):
+            self.number = signal.SIGTERM
+        return self.number > 0
 
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -221,15 +287,23 @@ def parse_flags(argv: list[str]) -> list[str]:
             _CONFIG.value.lock()
             return rest
     except (flags.Error, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(" ".join(str(error).replace("\\n", " ").split())) from None
+        raise_once(" ".join(str(error).replace("\\n", " ").split()))
     usage = (
         "python -m seed_jax.train --config configs/NAME.py --workdir DIR [--config.key=value ...]"
     )
-    raise UserError(f"usage: {usage}; --help says more")
+    raise_once(f"usage: {usage}; --help says more")
+
+
+def raise_once(message: str) -> NoReturn:
+    """Raises a UserError, in one process of all that were given the same command line."""
+    if hosts.mistake_is_mine_to_tell():
+        raise UserError(message) from None
+    sys.exit(2)
 
 
 def main(_: list[str]) -> None:
-    train(_CONFIG.value, Path(_WORKDIR.value or "."))
+    with hosts.joined():
+        train(_CONFIG.value, Path(_WORKDIR.value or "."))
 
 
 if __name__ == "__main__":

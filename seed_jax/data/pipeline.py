@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from random import Random
 from typing import Any
 
@@ -113,17 +113,17 @@ def train_pipeline(
     texts: Mapping[str, CaptionField],
     data: ConfigDict,
     seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> PipelineIterator:
     """Batches without end: every epoch all pictures in another order, cropped and mirrored anew.
 
     A batch is {'image': uint8 [b, S, S, 3], 'index': int32 [b], the record's place in the source,
     and what each text makes of the captions, such as '<name>': int32 [b, T], '<name>_mask': bool
-    [b, T]}, where the host gets rows `process_index * b` and on of the batch.
+    [b, T]}.
 
     Args:
-      batch_size: rows of all hosts together, a multiple of `process_count`.
+      batch_size: rows of all hosts together.
+      rows: those of them that this host gets, b of them; None: all.
       image_size: S; 0 reads no pictures, and leaves 'image' out.
       data: cache, workers, max_tags, drop_caption, crop_scale, flip and max_unreadable, as in the
         configs.
@@ -140,13 +140,23 @@ def train_pipeline(
     batches = _TrainBatches(
         _Pictures(source, cache=data.cache, decode=image_size > 0),
         batch_size=batch_size,
-        rows=_rows_of_host(batch_size, process_index, process_count),
+        rows=range(batch_size) if rows is None else rows,
         image_size=image_size,
         texts=texts,
         data=data,
         seed=seed,
     )
     return PipelineIterator(batches, workers=data.workers)
+
+
+def state_of_host(states: Sequence[Mapping[str, Any]], index: int, count: int) -> dict[str, Any]:
+    """What host `index` of `count` goes on from, given the states of the hosts there were.
+
+    All are at one batch. Unreadable pictures are dealt out, since each host judges by its share of
+    the set whether there are too many.
+    """
+    unreadable = [picture for state in states[index::count] for picture in state["unreadable"]]
+    return {"batch": states[0]["batch"], "unreadable": unreadable}
 
 
 def eval_batches(
@@ -196,13 +206,6 @@ def _live_and_die_with_parent(worker: int, workers: int) -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def _rows_of_host(batch_size: int, process_index: int, process_count: int) -> range:
-    if batch_size % process_count:
-        raise UserError(f"config.batch_size={batch_size} can't be split over {process_count} hosts")
-    rows = batch_size // process_count
-    return range(process_index * rows, (process_index + 1) * rows)
-
-
 class _Pictures:
     """Decoded pictures with the rest of their records, kept in memory if `cache`."""
 
@@ -250,7 +253,7 @@ class _TrainBatches:
         pictures: _Pictures,
         *,
         batch_size: int,
-        rows: range,
+        rows: Sequence[int],
         image_size: int,
         texts: Mapping[str, CaptionField],
         data: ConfigDict,

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from scipy.cluster.vq import kmeans2
 
-from seed_jax import losses, model_dir
+from seed_jax import losses, model_dir, sharding
 from seed_jax.cli import UserError
 from seed_jax.data.text import TextField, load_tokenizer
 from seed_jax.interop import clip_weights
@@ -138,7 +139,7 @@ class Codebook:
 
         count = self.config.codebook_health.kmeans_batches
         z_BQK = np.concatenate(
-            [np.asarray(code_vectors(state, next(batches))) for _ in range(count)]
+            [sharding.on_host(code_vectors(state, next(batches))) for _ in range(count)]
         )
         z_NK = z_BQK.reshape(-1, z_BQK.shape[-1])
         vectors = model.tokenizer.codebook.vectors
@@ -151,7 +152,9 @@ class Codebook:
             # An empty cluster keeps the vector of the data that it started at: good enough here.
             warnings.filterwarnings("ignore", "One of the clusters is empty")
             means_CK, _ = kmeans2(z_NK, len(vectors), iter=10, minit="points", rng=self.config.seed)
-        vectors[...] = jax.device_put(means_CK.astype(np.float32), vectors[...].sharding)
+        # Processors of other kinds round differently, and all hosts need the same.
+        means_CK = multihost_utils.broadcast_one_to_all(means_CK.astype(np.float32))
+        vectors[...] = jax.device_put(means_CK, vectors[...].sharding)
 
     def outputs(
         self, model: TeachedTokenizer, batch: Batch, key: jax.Array

@@ -1,6 +1,6 @@
 """What frozen parts made of each record of the training set, so that they need not run each step.
 
-For small sets on one host: every record is kept, of the one view and caption that it was run with.
+For small sets: every record is kept, of the one view and caption that it was run with.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from seed_jax.cli import UserError
+from seed_jax import sharding
 from seed_jax.data import sources
 from seed_jax.models.layers import Array, M
 from seed_jax.tasks import Batch
@@ -52,19 +52,15 @@ class Memory(nnx.Module):
 
         Args:
           run: (frozen, batch) -> name -> [B, ...]; compiled here.
-
-        Raises:
-          UserError: there are several hosts, each of which would see its own rows alone.
         """
-        if jax.process_count() > 1:
-            raise UserError("config.remember works on one host; set --config.remember=False")
         graphdef, state = nnx.split(frozen)
         compiled = jax.jit(lambda state, batch: run(nnx.merge(graphdef, state), batch))
         filled = {name: np.zeros(table.shape, table.dtype) for name, table in self.tables.items()}
         for _ in range(-(-self.records // batch_size)):
             batch = next(batches)
-            for name, rows in compiled(state, batch).items():
-                filled[name][np.asarray(batch["index"])] = rows
+            index_B = sharding.on_host(batch["index"])
+            for name, rows in sharding.on_host(compiled(state, batch)).items():
+                filled[name][index_B] = rows
         for name, table in self.tables.items():
             table[...] = jax.device_put(filled[name], table[...].sharding)
 

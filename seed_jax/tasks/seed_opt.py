@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
@@ -170,5 +171,6 @@ def put(variable: nnx.Variable, value: jax.Array) -> None:
     """Replaces a parameter's value, keeping its type and sharding."""
     old = variable.get_value()
     # A copy: the step takes over the memory of its state, and may not be given any of it twice.
-    copied = jnp.array(value, old.dtype, copy=True)
+    # On the host: from one device it can't go to those of other processes.
+    copied = np.array(value, old.dtype)
     variable.set_value(jax.device_put(copied, old.sharding))

@@ -1,0 +1,199 @@
+"""Several processes that train as one: how they find one another, agree, and part.
+
+A process drives all the devices that it sees. Who starts them says how many there are and which
+this one is, by flags or in the environment (see `find`); left alone, a process trains by itself.
+"""
+
+import contextlib
+import itertools
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from typing import Any, NoReturn
+
+import jax
+from absl import flags
+from jax._src import distributed
+
+from seed_jax.cli import UserError
+
+# How long processes wait for one another: to come up, then to say what they know of, and, when one
+# of them gives up, to give up too.
+START_SECONDS = 600
+ANSWER_SECONDS = 1800
+FAILURE_SECONDS = 5
+
+# What `gather` finds of a process that failed, and in front of what one said.
+FAILED, SAID = "failed", "said "
+
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "With several processes: HOST:PORT of process 0, a port free to take."
+)
+_COUNT = flags.DEFINE_integer("num_processes", None, "How many processes train together.")
+_INDEX = flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.")
+_DISCOVER = flags.DEFINE_bool(
+    "discover", False, "Lets JAX find the other processes, as on the hosts of a Cloud TPU pod."
+)
+_HEARTBEAT = flags.DEFINE_integer(
+    "heartbeat_seconds", 100, "A process that is silent for so long stops the others.", 10
+)
+
+_rounds = itertools.count()
+
+
+def find(flag_values: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any] | None:
+    """What `jax.distributed.initialize` needs to know; None if this process trains by itself.
+
+    Each of coordinator, number and index comes from, in this order: the flag;
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID; for an indexed Kubernetes job
+    JOB_COMPLETION_INDEX; under SLURM's srun its variables. TPU hosts on GKE are found by JAX, those
+    of Cloud TPU on request.
+
+    Raises:
+      UserError: some of the three are known, but not all, or one of them can't be.
+    """
+    if flag_values.get("discover") or "," in environ.get("TPU_WORKER_HOSTNAMES", ""):
+        return {}
+    slurm = int(environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1
+    names = {
+        "coordinator": ("JAX_COORDINATOR_ADDRESS",),
+        "num_processes": ("JAX_NUM_PROCESSES", *["SLURM_STEP_NUM_TASKS"] * slurm),
+        "process_id": ("JAX_PROCESS_ID", "JOB_COMPLETION_INDEX", *["SLURM_PROCID"] * slurm),
+    }
+    known: dict[str, Any] = {}
+    for name, variables in names.items():
+        values = [flag_values.get(name), *map(environ.get, variables)]
+        known[name] = next((value for value in values if value not in (None, "")), None)
+    coordinator, count, index = known.values()
+    if coordinator is None and count is None:
+        return None
+    if coordinator is None and slurm:
+        return {}
+    missing = [f"--{name}" for name, value in known.items() if value is None]
+    if missing:
+        raise UserError(
+            f"{' and '.join(missing)} must be given too: the processes of a run are known by "
+            "--coordinator=HOST:PORT, --num_processes and --process_id"
+        )
+    _, colon, port = str(coordinator).rpartition(":")
+    if not (colon and port.isdecimal()):
+        raise UserError(f"--coordinator={coordinator} must be HOST:PORT, such as node001:8476")
+    try:
+        count, index = int(count), int(index)
+    except ValueError:
+        raise UserError(f"{count!r} processes of which this is {index!r}: not numbers") from None
+    if not 0 <= index < count:
+        raise UserError(f"--process_id={index} must be from 0 to {count - 1}, one each process")
+    return {
+        "coordinator_address": coordinator,
+        "num_processes": count,
+        "process_id": index,
+        "cluster_detection_method": "deactivate",  # of devices too: a process takes all it sees
+    }
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[None]:
+    """Inside, `jax.process_count()` processes work together; must come before JAX is used.
+
+    A process that fails ends at once, so that the others are not kept waiting for it; a mistake
+    that all of them notice is told by one.
+    """
+    known = find(flags.FLAGS.flag_values_dict(), os.environ)
+    if known is None:
+        yield
+        return
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        jax.distributed.initialize(
+            **known,
+            initialization_timeout=START_SECONDS,
+            heartbeat_timeout_seconds=_HEARTBEAT.value,
+            # The last to finish may have a large model to write.
+            shutdown_timeout_seconds=ANSWER_SECONDS,
+        )
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"joining the other processes failed: {_first_line(error)}") from error
+    try:
+        yield
+    except UserError as error:
+        _leave(f"error: {_first_line(error)}", 2)
+    except Exception as error:
+        traceback.print_exc()
+        _leave(f"error: {_first_line(error)}", 1)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _leave(message: str, status: int) -> NoReturn:
+    """Ends this process; prints the message if it is the first that fails."""
+    client = _client()
+    with contextlib.suppress(RuntimeError):
+        if client.key_value_increment("seed_jax/failures", 1) == 1:
+            where = (
+                f"{socket.gethostname()}, process {jax.process_index()} of {jax.process_count()}"
+            )
+            print(f"{message} ({where})", file=sys.stderr)
+        client.key_value_set(f"seed_jax/gather/{next(_rounds)}/{jax.process_index()}", FAILED)
+        client.wait_at_barrier("seed_jax/failed", FAILURE_SECONDS * 1000)
+        if is_first():
+            time.sleep(1)  # the others talk through this process until they are gone
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Past the shutdown of JAX, which would wait for those that go on.
+    os._exit(status)
+
+
+def gather(text: str) -> list[str]:
+    """What each process passed here, in their order; all of them must call it.
+
+    Ends this process if another one has failed instead.
+    """
+    client = _client()
+    if client is None:
+        return [text]
+    # By the coordinator and not by devices, so that it works whatever these are busy with.
+    folder = f"seed_jax/gather/{next(_rounds)}"
+    client.key_value_set(f"{folder}/{jax.process_index()}", SAID + text)
+    said = [
+        client.blocking_key_value_get(f"{folder}/{index}", ANSWER_SECONDS * 1000)
+        for index in range(jax.process_count())
+    ]
+    if FAILED in said:
+        _leave("error: another process failed", 2)
+    return [text.removeprefix(SAID) for text in said]
+
+
+def agree(text: str) -> None:
+    """Waits for all processes, and makes sure that all say the same.
+
+    Comes before they compute together, where one could wait for ever for another that failed.
+
+    Raises:
+      UserError: they don't.
+    """
+    said = gather(text)
+    for index, other in enumerate(said):
+        if other != said[0]:
+            raise UserError(f"process 0 found {said[0]}, but process {index} found {other}")
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes for all."""
+    return jax.process_index() == 0
+
+
+def mistake_is_mine_to_tell() -> bool:
+    """Before processes are joined: whether this is the one that tells of a wrong command line."""
+    known = find({}, os.environ)
+    return not known or known["process_id"] == 0
+
+
+def _client() -> Any:
+    # JAX has no public name for it; orbax uses the same.
+    return distributed.global_state.client

@@ -1,0 +1,114 @@
+"""A run's folder: for one run at a time, of one config, and all of its processes see the same."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from seed_jax import hosts
+from seed_jax.cli import UserError
+
+LOCK, CONFIG = "run.lock", "config.json"
+
+# What may differ between two runs in one workdir: how long, how often, and on which machines.
+FREE_TO_CHANGE = {
+    "steps",
+    "log_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "mesh",
+    "accumulate",
+}
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextlib.contextmanager
+def held(workdir: Path, config: ConfigDict) -> Iterator[None]:
+    """Keeps other runs out of the workdir while the block runs, and notes the config there.
+
+    Raises:
+      UserError: another run is in it, it was trained with another config, or the processes of this
+        run were given different configs or folders.
+    """
+    wanted = json.dumps(json.loads(config.to_json_best_effort()), indent=2) + "\n"
+    with contextlib.ExitStack() as stack:
+        if hosts.is_first():
+            stack.enter_context(_locked(workdir))
+            _note(workdir / CONFIG, wanted)
+        if len(set(hosts.gather(wanted))) > 1:
+            raise UserError("the processes of this run were started with different configs")
+        try:
+            seen = (workdir / CONFIG).read_text()
+        except FileNotFoundError:
+            seen = ""
+        if seen != wanted:
+            raise UserError(
+                f"{workdir} here is not the {workdir} of process 0; take a --workdir on a file "
+                "system that all hosts share"
+            )
+        yield
+
+
+@contextlib.contextmanager
+def _locked(workdir: Path) -> Iterator[None]:
+    """Holds WORKDIR/run.lock, which the system takes back when this process ends, however."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    with (workdir / LOCK).open("a+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                file.seek(0)
+                raise UserError(
+                    f"{workdir} is in use by another run ({file.read().strip()}); wait until it "
+                    "has ended, stop it, or take a new --workdir"
+                ) from None
+            # Some network file systems know no locks.
+            print(f"warning: {file.name} can't be locked: {error.strerror}", file=sys.stderr)
+        file.truncate(0)
+        file.write(f"{socket.gethostname()}, process {os.getpid()}\n")
+        file.flush()
+        yield
+
+
+def _note(file: Path, wanted: str) -> None:
+    """Writes the config, or checks that it is the one that is there."""
+    if file.exists():
+        there, new = json.loads(file.read_text()), json.loads(wanted)
+        differing = sorted(
+            name
+            for name in there.keys() | new.keys()
+            if name not in FREE_TO_CHANGE and there.get(name) != new.get(name)
+        )
+        if differing:
+            raise UserError(
+                f"{file.parent} was trained with another config (differs in "
+                f"{', '.join(differing)}); take a new --workdir, or the config it was trained with"
+            )
+    replace_text(file, wanted)
+
+
+def replace_text(file: Path, text: str) -> None:
+    """Writes a file anew such that a reader, or a kill, finds the old text or the new one."""
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(text)
+    partial.replace(file)
+
+
+def lack_of_room(error: BaseException | None) -> str | None:
+    """Says in the system's words that the disk is full, if that is what lies behind an error."""
+    while error is not None:
+        for number in NO_ROOM:
+            # What writes checkpoints raises errors of its own that quote the system's.
+            if getattr(error, "errno", None) == number or os.strerror(number) in str(error):
+                return os.strerror(number)
+        error = error.__cause__ or error.__context__
+    return None
