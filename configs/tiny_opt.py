@@ -3,7 +3,7 @@
 python -m seed_jax.train --config configs/tiny_opt.py --workdir runs/tiny_opt
 cp runs/tiny_opt/model/{config.json,model.safetensors} seed_jax/assets/tiny_opt/
 
-Two CPU cores: about two minutes.
+Two CPU cores: about five minutes.
 """
 
 from ml_collections import ConfigDict
@@ -15,7 +15,7 @@ from seed_jax.data.sequences import CAPTION_PROMPT, DRAWING_PROMPT, QUESTION_PRO
 def get_config() -> ConfigDict:
     config = tiny_causal_qformer.get_config().unlock()
     config.task = "language_model"
-    config.steps = 1000
+    config.steps = 800
     config.batch_size = 224  # captions in a step
     config.image_size = 0  # pictures are not read
     config.tokenizer = ""  # "" is the packaged small one

@@ -12,28 +12,28 @@ from seed_jax.data.sequences import CAPTION_PROMPT, QUESTION_PROMPT
 
 def get_config() -> ConfigDict:
     config = seed_opt.get_config().unlock()
-    config.steps = 250
-    config.batch_size = 96
+    config.steps = 1200
+    config.batch_size = 48
     config.image_size = 64
     config.precision = "float32"
     config.remat = "none"
     config.unroll = True
     config.opt = ""
 
-    config.model.lora.update(rank=16, alpha=32.0, dropout=0.0)
+    config.model.lora.update(rank=64, alpha=128.0, dropout=0.0)
     config.model.dropout = 0.1
     config.sequences.update(
         row_length=288,
         per_row=6,
         caption_length=24,
         prompts=(CAPTION_PROMPT, QUESTION_PROMPT.format("What is this?")),
-        picture_to_text_steps=50,
+        picture_to_text_steps=300,
         drawing_share=0.5,
     )
     config.optimizer.update(
-        learning_rate=3e-3,
+        learning_rate=4e-3,
         warmup_from=1e-5,
-        final_learning_rate=3e-5,
+        final_learning_rate=4e-5,
         warmup_steps=20,
     )
     config.data.update(path="embedded", split="train", cache=True, workers=0, crop_scale=(0.8, 1.0))
