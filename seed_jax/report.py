@@ -21,13 +21,14 @@ from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec, GridSpecFromSubplotSpec
 from PIL import Image
 
-from seed_jax import cli, drawing, evaluate, inference, reconstruction
+from seed_jax import cli, drawing, inference
 from seed_jax.cli import UserError
 from seed_jax.data.sources import CAPTIONS_FILE, Record, Source, open_source
 from seed_jax.data.transforms import decode
 from seed_jax.drawing import Shown
+from seed_jax.evaluation import codebook, reconstruction, retrieval
+from seed_jax.evaluation.reconstruction import Drawn
 from seed_jax.inference import Embeddings
-from seed_jax.reconstruction import Drawn
 
 SPLITS = {
     "style": "Held-out drawings of things seen in training",
@@ -205,7 +206,7 @@ def report(args: argparse.Namespace) -> None:
             raise UserError(f"{model} holds a model of stage 1; copy stage 2's there")
         codes.append(embedded.codes.codes_PQ)
         size = embedded.codes.codebook_size
-        results[split] = evaluate.retrieval_results(embedded)
+        results[split] = retrieval.results(embedded)
         cards[title] = make_cards(source, embedded, CARDS_PER_SPLIT)
     draw_sheet(cards, size, run / "pictures.png")
     write_folder(sources["style"], run / "some_folder", args.max_tags)
@@ -214,7 +215,7 @@ def report(args: argparse.Namespace) -> None:
     drawing.draw_sheet(shown_drawings(redrawn), run / "drawings.png")
     summary = {
         "retrieval": results,
-        "codebook": evaluate.codebook_health(np.concatenate(codes), size),
+        "codebook": codebook.health(np.concatenate(codes), size),
         "reconstruction": reconstruction.results(encoder, redrawn),
         "seconds": round(time.time() - args.started, 1),
     }
@@ -224,18 +225,7 @@ def report(args: argparse.Namespace) -> None:
 
 def shown_drawings(redrawn: list[Drawn]) -> list[Shown]:
     """Some of the pictures beside their drawings, spread evenly over all."""
-    groups = [
-        Shown(
-            _short(caption),
-            {
-                "": original,
-                "from its codes": batch.drawings["codes"][i],
-                "from its caption": batch.drawings["caption"][i],
-            },
-        )
-        for batch in redrawn
-        for i, (caption, original) in enumerate(zip(batch.captions, batch.originals, strict=True))
-    ]
+    groups = [shown for batch in redrawn for shown in reconstruction.shown_of(batch)]
     return [
         groups[i] for i in np.unique(np.linspace(0, len(groups) - 1, SHOWN_DRAWINGS, dtype=int))
     ]
@@ -245,7 +235,7 @@ def story(run: Path, summary: dict[str, Any]) -> str:
     """What happened and what to open, for the terminal."""
     lines = []
     for split, title in SPLITS.items():
-        table = evaluate.retrieval_table(summary["retrieval"][split])
+        table = retrieval.table(summary["retrieval"][split])
         lines += [f"\n{title} (split {split!r})", textwrap.indent(table, "  ")]
     table = reconstruction.table(summary["reconstruction"])
     lines += ["\nDrawn again (split 'style')", textwrap.indent(table, "  ")]

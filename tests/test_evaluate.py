@@ -9,9 +9,10 @@ import pytest
 from PIL import Image
 from tiny import CODES, SIDE, save_tokenizer, text_tokenizer, write_pictures
 
-from seed_jax import SeedTokenizer, retrieval
+from seed_jax import SeedTokenizer
 from seed_jax.cli import UserError
 from seed_jax.evaluate import main
+from seed_jax.evaluation import retrieval
 
 
 def test_ranks_against_a_full_sort():
@@ -32,7 +33,7 @@ def test_any_caption_of_a_picture_counts_but_each_is_its_own_query():
     # Picture 0 has a good caption and one that describes picture 1.
     text_CE = np.array([[1, 0], [0, 0.9], [0, 1]], np.float32)
 
-    result = retrieval.retrieval(image_PE, text_CE, np.array([0, 0, 1]))
+    result, _ = retrieval.retrieval(image_PE, text_CE, np.array([0, 0, 1]))
 
     assert result["i2t"]["r1"] == 1.0
     assert result["t2i"]["r1"] == pytest.approx(2 / 3)
@@ -44,7 +45,7 @@ def test_features_that_are_all_alike_score_as_a_guess(value):
     features_PE = np.full((50, 4), value, np.float32)
     picture_C = np.arange(50)
 
-    result = retrieval.retrieval(features_PE, features_PE, picture_C)
+    result, _ = retrieval.retrieval(features_PE, features_PE, picture_C)
 
     for way in ("i2t", "t2i"):
         assert result[way] == pytest.approx({"r1": 1 / 50, "r5": 5 / 50, "r10": 10 / 50})

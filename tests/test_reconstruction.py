@@ -11,11 +11,12 @@ from PIL import Image
 from tiny import SIDE, write_pictures
 from transformers import CLIPConfig
 
-from seed_jax import SeedTokenizer, evaluate, reconstruction
+from seed_jax import SeedTokenizer, evaluate
 from seed_jax.cli import UserError
 from seed_jax.data.transforms import CLIP_MEAN, CLIP_STD, resize
 from seed_jax.diffusion import StableDiffusion
-from seed_jax.reconstruction import ROWS
+from seed_jax.evaluation import reconstruction
+from seed_jax.evaluation.reconstruction import ROWS
 from tests.tiny_diffusion import save_models_and_pictures
 
 PICTURES = 10

@@ -4,6 +4,7 @@ Shapes: B pictures of a batch, P of the source, Q codes a picture, H and W pixel
 """
 
 import argparse
+import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,9 @@ from seed_jax.data import pipeline, transforms
 from seed_jax.data.sources import Source
 from seed_jax.data.text import choose_caption
 from seed_jax.diffusion import StableDiffusion
+from seed_jax.drawing import Shown
+from seed_jax.evaluation import intervals, tables
+from seed_jax.evaluation.suite import Evaluation, Measured
 from seed_jax.interop import clip_weights
 from seed_jax.models.image_encoder import ClipImageEncoder
 from seed_jax.models.layers import Array, Compute
@@ -27,8 +31,19 @@ from seed_jax.models.tokenizer import SeedTokenizer
 
 # What a picture is drawn from: its codes; the text states of its caption, which is as good as an
 # embedding can be where the codes learned from those; another picture's codes, which is as bad.
-ROWS = ("codes", "caption", "shuffled")
+ROWS = {
+    "codes": "drawn from the picture's codes",
+    "caption": "drawn from its caption: what to hope for",
+    "shuffled": "drawn from another picture's codes: what to expect of chance",
+}
+# Table 2: similarity by CLIP ViT-L/14.
+PAPER = {
+    "COCO 5K": {"codes": 0.6823, "caption": 0.6843},
+    "Flickr30K 1K": {"codes": 0.6522, "caption": 0.6540},
+}
 SEED = 0
+ON_SHEET = 20
+TITLE_WIDTH = 54
 
 
 class ImageEncoder(NamedTuple):
@@ -36,11 +51,13 @@ class ImageEncoder(NamedTuple):
 
     Attributes:
       name: for whoever reads the figures.
+      clip: whether it is one, as the paper's is.
       size: height and width of the pictures it takes.
       features: uint8 [B, size, size, 3] to float32 [B, E], L2-normalised.
     """
 
     name: str
+    clip: bool
     size: int
     features: Callable[[np.ndarray], Any]
 
@@ -64,15 +81,21 @@ class Drawn(NamedTuple):
 
 
 def redraw(
-    args: argparse.Namespace, path: str | Path, source: Source, *, image_encoder: str = ""
-) -> tuple[str, Iterator[Drawn]]:
-    """The name of what pictures are compared by, and the pictures, drawn as one asks for them.
+    args: argparse.Namespace,
+    path: str | Path,
+    source: Source,
+    *,
+    image_encoder: str = "",
+    done: int = 0,
+) -> tuple[ImageEncoder, Iterator[Drawn]]:
+    """What pictures are compared by, and the pictures, drawn as one asks for them.
 
     Args:
       args: the options of `drawing.add_arguments` and the batch size.
       path: model directory of stage 2.
       image_encoder: a CLIP in transformers' layout, Flax or PyTorch: a directory or hub name; ''
         for the tokenizer's own stage-1 encoder.
+      done: so many pictures need not be drawn again.
 
     Raises:
       UserError: a model can't be found or does not fit its config, or the two do not fit one
@@ -84,9 +107,16 @@ def redraw(
     encoder = _open_encoder(image_encoder, model, runner, path)
     settings = drawing.settings(args)
     batches = draw(
-        model, runner, diffusion, encoder, source, batch_size=args.batch_size, **settings
+        model,
+        runner,
+        diffusion,
+        encoder,
+        source,
+        batch_size=args.batch_size,
+        done=done,
+        **settings,
     )
-    return encoder.name, batches
+    return encoder, batches
 
 
 def _open_encoder(
@@ -105,7 +135,7 @@ def _open_encoder(
     def features(model: SeedTokenizer, images: Array) -> Array:
         return model.image_features(model.causal_embeddings(images))
 
-    return ImageEncoder(f"stage-1 encoder of {name}", config.vit.image_size, features)
+    return ImageEncoder(f"stage-1 encoder of {name}", False, config.vit.image_size, features)
 
 
 def clip_encoder(path: str) -> ImageEncoder:
@@ -118,7 +148,7 @@ def clip_encoder(path: str) -> ImageEncoder:
     encoder = nnx.eval_shape(lambda: ClipImageEncoder(config, compute=Compute(), rngs=nnx.Rngs(0)))
     clip_weights.load(encoder, path)
     features = inference.Runner(encoder).compile(ClipImageEncoder.__call__)
-    return ImageEncoder(path, encoder.size, features)
+    return ImageEncoder(path, True, encoder.size, features)
 
 
 def draw(
@@ -129,12 +159,14 @@ def draw(
     source: Source,
     *,
     batch_size: int,
+    done: int = 0,
     **settings: Any,
 ) -> Iterator[Drawn]:
     """Draws every picture of a source from each of `ROWS`, from the same noise, and compares.
 
     Args:
       runner: holds `model`.
+      done: so many first pictures are passed over, as far as whole batches go, but not the last.
       settings: of `StableDiffusion.draw`.
 
     Raises:
@@ -149,12 +181,10 @@ def draw(
     others_PQ = codes_PQ[another(len(index_P))]
     embed = runner.compile(SeedTokenizer.embed)
 
-    def features(pictures: Iterable[Image.Image]) -> np.ndarray:
-        resized = [transforms.resize(picture, encoder.size) for picture in pictures]
-        return np.asarray(encoder.features(np.stack(resized)))
-
-    with tqdm(total=len(index_P), unit="picture", desc="drawings", dynamic_ncols=True) as bar:
-        for start in range(0, len(index_P), batch_size):
+    last = (len(index_P) - 1) // batch_size * batch_size
+    begin = min(done // batch_size * batch_size, last)
+    with tqdm(total=len(index_P), initial=begin, unit="picture", desc="drawings") as bar:
+        for start in range(begin, len(index_P), batch_size):
             count = min(batch_size, len(index_P) - start)
             # The last batch is padded, so that one shape is compiled.
             rows = np.minimum(start + np.arange(batch_size), start + count - 1)
@@ -167,10 +197,10 @@ def draw(
                 "shuffled": embed(others_PQ[rows]),
             }
             drawings, similarity = {}, {}
-            original_BE = features(originals)
+            original_BE = features(encoder, originals)
             for row in ROWS:
                 drawn = np.asarray(diffusion.draw(embeddings[row], first=start, **settings))
-                drawn_BE = features(map(Image.fromarray, drawn))
+                drawn_BE = features(encoder, map(Image.fromarray, drawn))
                 drawings[row] = drawn[:count]
                 similarity[row] = np.sum(original_BE * drawn_BE, axis=-1)[:count]
             seen = np.stack([transforms.resize(original, side) for original in originals[:count]])
@@ -178,6 +208,12 @@ def draw(
                 index_P[start : start + count], seen, captions[:count], drawings, similarity
             )
             bar.update(count)
+
+
+def features(encoder: ImageEncoder, pictures: Iterable[Image.Image]) -> np.ndarray:
+    """What an encoder makes of pictures of any size, float32 [B, E]."""
+    resized = [transforms.resize(picture, encoder.size) for picture in pictures]
+    return np.asarray(encoder.features(np.stack(resized)))
 
 
 def _encode(
@@ -202,21 +238,103 @@ def another(count: int) -> np.ndarray:
     return places
 
 
-def results(encoder: str, batches: Iterable[Drawn]) -> dict[str, Any]:
-    """Mean similarity for each of `ROWS`, what it was measured by, and the number of pictures."""
+def results(encoder: ImageEncoder, batches: Iterable[Drawn]) -> dict[str, Any]:
+    """See `figures`, of pictures that were just drawn."""
     similarities = [batch.similarity for batch in batches]
-    means = {row: float(np.concatenate([s[row] for s in similarities]).mean()) for row in ROWS}
-    pictures = sum(len(s[ROWS[0]]) for s in similarities)
-    return means | {"encoder": encoder, "pictures": pictures}
+    return figures(encoder, {row: np.concatenate([s[row] for s in similarities]) for row in ROWS})
 
 
-def table(results: dict[str, Any]) -> str:
-    """The figures, a row each."""
-    told = {
-        "codes": "drawn from the picture's codes",
-        "caption": "drawn from its caption: what to hope for",
-        "shuffled": "drawn from another picture's codes: what to expect of chance",
-    }
-    lines = [f"{'similarity':<12}(mean cosine to the original, of the {results['encoder']})"]
-    lines += [f"{row:<12}{results[row]:8.3f}   {told[row]}" for row in ROWS]
-    return "\n".join([*lines, f"{results['pictures']} pictures"])
+def figures(encoder: ImageEncoder, similarity: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Mean similarity for each of `ROWS`, intervals, the encoder, and the number of pictures.
+
+    Args:
+      similarity: one of `ROWS` -> float [P].
+    """
+    pictures = len(similarity["codes"])
+    means, spans = intervals.with_intervals(
+        lambda weights_RP: {row: intervals.mean(weights_RP, similarity[row]) for row in ROWS},
+        pictures,
+    )
+    told = {"encoder": encoder.name, "clip": encoder.clip, "pictures": pictures}
+    return means | told | {"intervals": spans}
+
+
+class Redrawn(NamedTuple):
+    """All pictures of an evaluation, drawn again.
+
+    Attributes:
+      similarity: one of `ROWS` -> float32 [P].
+      shown: the first ones, for a sheet.
+    """
+
+    encoder: ImageEncoder
+    similarity: dict[str, np.ndarray]
+    shown: list[Shown]
+
+
+def redrawn(evaluation: Evaluation) -> Redrawn:
+    """Draws what an interrupted run has not drawn yet; see `redraw`."""
+    args, source = evaluation.args, evaluation.few
+    journal = evaluation.journal("reconstruction")
+    encoder, batches = redraw(
+        args,
+        evaluation.tokenizer_path,
+        source,
+        image_encoder=args.image_encoder,
+        done=len(journal.rows),
+    )
+    shown: list[Shown] = []
+    for batch in batches:
+        journal.add(
+            {"id": source.name(int(index))}
+            | {row: float(batch.similarity[row][place]) for row in ROWS}
+            for place, index in enumerate(batch.index_B)
+        )
+        shown += shown_of(batch)
+        del shown[ON_SHEET:]
+    similarity = {row: np.array([r[row] for r in journal.rows.values()]) for row in ROWS}
+    return Redrawn(encoder, similarity, shown)
+
+
+def shown_of(batch: Drawn) -> list[Shown]:
+    """Pictures beside what was drawn from their codes and captions."""
+    return [
+        Shown(
+            textwrap.shorten(caption, TITLE_WIDTH, placeholder=" …"),
+            {
+                "": original,
+                "from its codes": batch.drawings["codes"][place],
+                "from its caption": batch.drawings["caption"][place],
+            },
+        )
+        for place, (caption, original) in enumerate(
+            zip(batch.captions, batch.originals, strict=True)
+        )
+    ]
+
+
+def evaluate(evaluation: Evaluation) -> Measured:
+    """How alike pictures and their drawings are, as in Table 2; see `figures`."""
+    found = evaluation.once(redrawn)
+    measured = figures(found.encoder, found.similarity)
+    return Measured(measured, evaluation.benchmark, {"reconstruction": found.shown})
+
+
+def table(found: dict[str, Any]) -> str:
+    """The figures, a row each, beside Table 2 if a CLIP compared."""
+    published = tables.published(PAPER, found) if found["clip"] else {}
+    head = ["mean cosine to the original", "", *(f"paper on {data}" for data in published)]
+    rows = []
+    for row, told in ROWS.items():
+        value = tables.figure(found[row], found["intervals"][row], digits=3)
+        theirs = [figures.get(row) for figures in published.values()]
+        rows.append([told, value, *(f"{x:.3f}" if x is not None else "" for x in theirs)])
+    told = f"{found['pictures']} pictures, compared by the {found['encoder']}."
+    return f"{tables.markdown(head, rows)}\n\n{told}"
+
+
+def headline(found: dict[str, Any]) -> list[tables.Line]:
+    span = found["intervals"]["codes"]
+    paper = tables.theirs(PAPER, found, "codes", digits=3) if found["clip"] else ""
+    value = tables.figure(found["codes"], span, digits=3)
+    return [tables.Line("similarity of drawings from codes", value, paper)]
