@@ -12,7 +12,7 @@ from typing import Any
 
 from seed_jax import cli, drawing, inference
 from seed_jax.cli import UserError
-from seed_jax.evaluation import reconstruction, results, retrieval
+from seed_jax.evaluation import codebook, reconstruction, results, retrieval
 from seed_jax.evaluation.suite import Evaluation, Suite
 
 SUITES = {
@@ -20,6 +20,7 @@ SUITES = {
     "reconstruction": Suite(
         reconstruction.evaluate, reconstruction.table, reconstruction.headline, needs="codes"
     ),
+    "codebook": Suite(codebook.evaluate, codebook.table, codebook.headline, needs="codes"),
 }
 ALL = "all"
 # All of it on the packaged pictures is a demonstration: a minute, not an hour.

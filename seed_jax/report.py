@@ -26,7 +26,7 @@ from seed_jax.cli import UserError
 from seed_jax.data.sources import CAPTIONS_FILE, Record, Source, open_source
 from seed_jax.data.transforms import decode
 from seed_jax.drawing import Shown
-from seed_jax.evaluation import codebook, reconstruction, retrieval
+from seed_jax.evaluation import reconstruction, retrieval, usage
 from seed_jax.evaluation.reconstruction import Drawn
 from seed_jax.inference import Embeddings
 
@@ -215,7 +215,7 @@ def report(args: argparse.Namespace) -> None:
     drawing.draw_sheet(shown_drawings(redrawn), run / "drawings.png")
     summary = {
         "retrieval": results,
-        "codebook": codebook.health(np.concatenate(codes), size),
+        "codebook": usage.health(np.concatenate(codes), size),
         "reconstruction": reconstruction.results(encoder, redrawn),
         "seconds": round(time.time() - args.started, 1),
     }

@@ -1,6 +1,7 @@
 """Retrieval figures, first by hand-made cases, then through the command line."""
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import jax
@@ -12,7 +13,7 @@ from tiny import CODES, SIDE, save_tokenizer, text_tokenizer, write_pictures
 from seed_jax import SeedTokenizer
 from seed_jax.cli import UserError
 from seed_jax.evaluate import main
-from seed_jax.evaluation import retrieval
+from seed_jax.evaluation import intervals, retrieval
 
 
 def test_ranks_against_a_full_sort():
@@ -26,6 +27,18 @@ def test_ranks_against_a_full_sort():
     for picture in range(40):
         order = np.argsort(-(text_CE @ image_PE[picture]), kind="stable")
         assert ranks[picture] == np.flatnonzero(picture_C[order] == picture)[0]
+
+
+def test_blocks_are_all_that_is_held_of_the_similarities():
+    rng = np.random.default_rng(0)
+    image_PE = rng.normal(size=(1000, 16)).astype(np.float32)
+    text_CE = rng.normal(size=(5000, 16)).astype(np.float32)
+    whole = len(image_PE) * len(text_CE) * text_CE.itemsize
+    tracemalloc.start()
+    retrieval.first_hit_ranks(text_CE, image_PE, np.arange(5000) // 5, np.arange(1000), block=100)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < whole / 8
 
 
 def test_any_caption_of_a_picture_counts_but_each_is_its_own_query():
@@ -50,6 +63,29 @@ def test_features_that_are_all_alike_score_as_a_guess(value):
     for way in ("i2t", "t2i"):
         assert result[way] == pytest.approx({"r1": 1 / 50, "r5": 5 / 50, "r10": 10 / 50})
     assert retrieval.chance_recall(picture_C) == pytest.approx(10 / 50)
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say():
+    # 200 sets of 80 pictures, each found with probability 0.3.
+    rng = np.random.default_rng(0)
+    covered = 0
+    for found_P in rng.random((200, 80)) < 0.3:
+        figures, spans = intervals.of_means({"found": found_P.astype(float)})
+        assert figures["found"] == pytest.approx(found_P.mean())
+        low, high = spans["found"]
+        covered += low <= 0.3 <= high
+    assert 0.91 <= covered / 200 <= 0.98
+
+
+def test_captions_are_drawn_with_their_pictures():
+    # One picture has nine captions that are found, nine have one that is not.
+    sums_P, counts_P = np.array([9.0] + [0] * 9), np.array([9.0] + [1] * 9)
+    figures, spans = intervals.with_intervals(
+        lambda weights_RP: {"recall": intervals.mean(weights_RP, sums_P, counts_P)}, 10
+    )
+    assert figures["recall"] == pytest.approx(0.5)
+    # (9 / 10) ** 10 of the draws lack that picture, and find nothing at all.
+    assert spans["recall"][0] == 0.0
 
 
 def test_chance_counts_every_caption_of_a_picture():

@@ -58,6 +58,19 @@ def with_intervals(
     return figures, jax.tree.map(interval, figures, *drawn)
 
 
+def of_means(values: dict[str, np.ndarray]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Means over the pictures, by name, and their intervals; see `with_intervals`.
+
+    Args:
+      values: float [P], one a picture.
+    """
+    pictures = len(next(iter(values.values())))
+    return with_intervals(
+        lambda weights_RP: {name: mean(weights_RP, each_P) for name, each_P in values.items()},
+        pictures,
+    )
+
+
 def mean(weights_RP: np.ndarray, sums_P: np.ndarray, counts_P: np.ndarray | None = None) -> Any:
     """The mean over whatever pictures have several of, float [R]; NaN where none was drawn.
 

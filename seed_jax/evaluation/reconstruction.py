@@ -250,12 +250,12 @@ def figures(encoder: ImageEncoder, similarity: dict[str, np.ndarray]) -> dict[st
     Args:
       similarity: one of `ROWS` -> float [P].
     """
-    pictures = len(similarity["codes"])
-    means, spans = intervals.with_intervals(
-        lambda weights_RP: {row: intervals.mean(weights_RP, similarity[row]) for row in ROWS},
-        pictures,
-    )
-    told = {"encoder": encoder.name, "clip": encoder.clip, "pictures": pictures}
+    means, spans = intervals.of_means(similarity)
+    told = {
+        "encoder": encoder.name,
+        "clip": encoder.clip,
+        "pictures": len(similarity["codes"]),
+    }
     return means | told | {"intervals": spans}
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from seed_jax.evaluation import codebook, intervals, tables
+from seed_jax.evaluation import intervals, tables, usage
 from seed_jax.evaluation.suite import Evaluation, Measured
 from seed_jax.inference import Embeddings
 
@@ -127,7 +127,7 @@ def results(embedded: Embeddings) -> dict[str, Any]:
     features = {"embeddings": embedded.image_PE}
     if codes := embedded.codes:
         features["codes"] = codes.image_PE
-        found["codebook"] = codebook.health(codes.codes_PQ, codes.codebook_size)
+        found["codebook"] = usage.health(codes.codes_PQ, codes.codebook_size)
     for name, image_PE in features.items():
         found[name], found["intervals"][name] = retrieval(image_PE, texts, owner_C)
     found["chance_r10"] = chance_recall(owner_C)
