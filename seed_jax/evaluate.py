@@ -12,7 +12,14 @@ from typing import Any
 
 from seed_jax import cli, drawing, inference
 from seed_jax.cli import UserError
-from seed_jax.evaluation import codebook, reconstruction, results, retrieval
+from seed_jax.evaluation import (
+    captioning,
+    codebook,
+    reconstruction,
+    results,
+    retrieval,
+    vqa,
+)
 from seed_jax.evaluation.suite import Evaluation, Suite
 
 SUITES = {
@@ -21,6 +28,8 @@ SUITES = {
         reconstruction.evaluate, reconstruction.table, reconstruction.headline, needs="codes"
     ),
     "codebook": Suite(codebook.evaluate, codebook.table, codebook.headline, needs="codes"),
+    "captioning": Suite(captioning.evaluate, captioning.table, captioning.headline, needs="words"),
+    "vqa": Suite(vqa.evaluate, vqa.table, vqa.headline, needs="words"),
 }
 ALL = "all"
 # All of it on the packaged pictures is a demonstration: a minute, not an hour.
@@ -121,6 +130,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--images", type=Path, metavar="DIR", help="where the pictures of an annotation file lie"
+    )
+    parser.add_argument(
+        "--answers", type=Path, metavar="FILE", help="vqa: the answers to a file of questions"
     )
     parser.add_argument(
         "--allow-missing",
