@@ -15,9 +15,11 @@ from seed_jax.cli import UserError
 from seed_jax.evaluation import (
     captioning,
     codebook,
+    compression,
     reconstruction,
     results,
     retrieval,
+    text_to_picture,
     vqa,
 )
 from seed_jax.evaluation.suite import Evaluation, Suite
@@ -28,8 +30,14 @@ SUITES = {
         reconstruction.evaluate, reconstruction.table, reconstruction.headline, needs="codes"
     ),
     "codebook": Suite(codebook.evaluate, codebook.table, codebook.headline, needs="codes"),
+    "compression": Suite(
+        compression.evaluate, compression.table, compression.headline, needs="codes"
+    ),
     "captioning": Suite(captioning.evaluate, captioning.table, captioning.headline, needs="words"),
     "vqa": Suite(vqa.evaluate, vqa.table, vqa.headline, needs="words"),
+    "drawing": Suite(
+        text_to_picture.evaluate, text_to_picture.table, text_to_picture.headline, needs="words"
+    ),
 }
 ALL = "all"
 # All of it on the packaged pictures is a demonstration: a minute, not an hour.
@@ -70,6 +78,8 @@ def evaluate(args: argparse.Namespace) -> None:
 def chosen(evaluation: Evaluation) -> list[str]:
     """The suites that suit the model and the data."""
     fit = {name: evaluation.misfit(suite) for name, suite in SUITES.items()}
+    if not fit["vqa"] and not vqa.has_questions(evaluation):
+        fit["vqa"] = f"{evaluation.args.data} has no questions"
     for name, reason in fit.items():
         if reason:
             print(f"{name} is left out: {reason}")
@@ -107,7 +117,7 @@ def measure(name: str, evaluation: Evaluation, folder: Path | None) -> dict[str,
         for sheet, shown in measured.sheets.items():
             drawing.draw_sheet(list(shown), folder / f"{sheet}.png")
     return {
-        "figures": measured.figures,
+        "figures": results.plain(measured.figures),
         "benchmark": measured.benchmark,
         "settings": evaluation.settings(),
         "versions": results.versions(),
@@ -145,6 +155,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0,
         metavar="N",
         help="draw or write about so many pictures, spread evenly over the data (default: all)",
+    )
+    parser.add_argument(
+        "--captions",
+        type=inference.positive,
+        default=0,
+        metavar="N",
+        help="keep the first N captions of each picture in an annotation file (default: all)",
     )
     parser.add_argument(
         "--max-tags",

@@ -1,20 +1,13 @@
-"""What the codebook suite says of codes, by hand-made codes and through the command line."""
-
-import json
+"""What the codebook suite says of hand-made codes; its curve is in `test_writing_suites`."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image
 from tiny import CODES, QUERIES, random_module
 
-from seed_jax import evaluate
 from seed_jax.evaluation import codebook
 from seed_jax.evaluation.usage import usage
-from tests.tiny_diffusion import save_models_and_pictures
-
-PICTURES = 10
 
 
 def test_usage_and_entropy_of_codes_one_can_count():
@@ -50,38 +43,3 @@ def test_neighbours_share_most_codes_in_their_places():
     rows_PN, shared_PN = codebook.neighbours(codes_PQ, 2)
     np.testing.assert_array_equal(rows_PN, [[1, 2], [0, 3], [0, 1], [1, 0]])
     np.testing.assert_array_equal(shared_PN, [[2, 1], [2, 2], [1, 1], [2, 1]])
-
-
-def test_the_curve_goes_from_a_guess_to_all_codes(tmp_path, capsys):
-    there = save_models_and_pictures(tmp_path, PICTURES)
-    arguments = {
-        "model": there / "model",
-        "data": there / "pictures",
-        "diffusion": there / "diffusion",
-        "steps": 1,
-        "guidance-scale": 1,
-        "batch-size": 8,
-        "output": there / "results",
-    }
-    options = [f"--{name}={value}" for name, value in arguments.items()]
-    for suite in ("codebook", "retrieval"):
-        evaluate.main([f"--suite={suite}", *options])
-    suites = json.loads((there / "results" / "results.json").read_text())["suites"]
-    figures, recall = (suites[name]["figures"] for name in ("codebook", "retrieval"))
-    assert set(figures["causal"]["first"]) == {"0", "1", "2", "4", str(QUERIES)}
-    for end in ("first", "last"):
-        whole = figures["causal"][end][str(QUERIES)]
-        assert whole["retrieval"] == pytest.approx(recall["codes"]["mean"])
-        assert whole["reconstruction"] == pytest.approx(1, abs=1e-5)
-        # Without any code all pictures look alike: R@1 one in ten, R@5 one half, R@10 all.
-        nothing = figures["causal"][end]["0"]
-        assert nothing["retrieval"] == pytest.approx((0.1 + 0.5 + 1) / 3, abs=0.05)
-        assert nothing["reconstruction"] < 0.99
-    for figure, (low, high) in zip(
-        figures["entropy_by_position"], figures["intervals"]["entropy_by_position"], strict=True
-    ):
-        assert low <= figure <= high
-    for name in ("codes_shared", "codes_first"):
-        with Image.open(there / "results" / f"{name}.png") as sheet:
-            assert np.asarray(sheet.convert("L")).std() > 10
-    assert f"{100 * figures['usage']:.1f}" in (there / "results" / "table.md").read_text()

@@ -16,6 +16,7 @@ from seed_jax.cli import UserError
 from seed_jax.data.transforms import CLIP_MEAN, CLIP_STD, resize
 from seed_jax.diffusion import StableDiffusion
 from seed_jax.evaluation import reconstruction
+from seed_jax.evaluation.encoders import clip_encoder
 from seed_jax.evaluation.reconstruction import ROWS
 from tests.tiny_diffusion import save_models_and_pictures
 
@@ -120,7 +121,7 @@ def test_a_clip_sees_what_pytorchs_sees(there, clip):
     import torch
 
     folder, theirs = clip
-    encoder = reconstruction.clip_encoder(str(folder))
+    encoder = clip_encoder(str(folder))
     assert (encoder.name, encoder.size) == (str(folder), CLIP_SIDE)
     shape = (8, CLIP_SIDE, CLIP_SIDE, 3)
     images = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)

@@ -2,15 +2,20 @@
 
 import json
 
+import numpy as np
 import pytest
-from tiny import write_pictures
+from tiny import QUERIES, write_pictures
 
-from seed_jax import SeedOPT, evaluate
+from seed_jax import SeedOPT, evaluate, inference
 from seed_jax.cli import UserError
 from seed_jax.data.questions import Question
-from seed_jax.evaluation import vqa, writing
+from seed_jax.data.sources import open_source
+from seed_jax.evaluation import compression, vqa, writing
 from seed_jax.evaluation.journal import Journal
-from tests.tiny_seed_opt import save_seed_opt
+from seed_jax.models.generation import NOTHING
+from seed_jax.models.generator import Written
+from tests.tiny_diffusion import save_stable_diffusion
+from tests.tiny_seed_opt import VISUAL, save_seed_opt
 
 PICTURES = 6
 
@@ -23,13 +28,14 @@ def there(tmp_path_factory):
     folder = tmp_path_factory.mktemp("writing")
     save_seed_opt(folder / "model")
     write_pictures(folder / "pictures", PICTURES)
+    save_stable_diffusion(folder / "diffusion")
     return folder
 
 
 def run(there, suite, output, *options):
     arguments = {"model": there / "model", "suite": suite, "output": output, "batch-size": 4}
     evaluate.main([*(f"--{name}={value}" for name, value in arguments.items()), *options])
-    return json.loads((output / "results.json").read_text())["suites"][suite]
+    return json.loads((output / "results.json").read_text())["suites"].get(suite)
 
 
 def lines(file):
@@ -113,6 +119,84 @@ def test_answers_to_an_official_file(there, tmp_path, monkeypatch):
     # Four of ten people said so.
     assert figures["accuracy"] == pytest.approx({"all": 1.0, "other": 1.0, "yes/no": 1.0})
     assert (figures["questions"], figures["pictures"]) == (PICTURES, 3)
+
+
+def check_curve(figures, recall):
+    """From a guess, without codes, to the tokenizer as it is, with all of them."""
+    assert set(figures["causal"]["first"]) == {"0", "1", "2", "4", str(QUERIES)}
+    for end in ("first", "last"):
+        whole, nothing = (figures["causal"][end][k] for k in (str(QUERIES), "0"))
+        assert whole["retrieval"] == pytest.approx(recall["codes"]["mean"])
+        assert whole["reconstruction"] == pytest.approx(1, abs=1e-5)
+        # All pictures look alike: one in six is found first, five in six among five, all among ten.
+        by_guess = np.mean([1 / PICTURES, 5 / PICTURES, 1])
+        assert nothing["retrieval"] == pytest.approx(by_guess, abs=0.1)
+        assert nothing["reconstruction"] < 0.99
+    for figure, (low, high) in zip(
+        figures["entropy_by_position"], figures["intervals"]["entropy_by_position"], strict=True
+    ):
+        assert low <= figure <= high
+
+
+def test_all_suites_at_once(there, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "")
+    output = tmp_path / "results"
+    options = ["--limit=5", "--steps=1", "--guidance-scale=1", "--batch-size=8"]
+    run(
+        there,
+        "all",
+        output,
+        f"--data={there / 'pictures'}",
+        f"--diffusion={there / 'diffusion'}",
+        *options,
+    )
+    assert "vqa is left out: " in capsys.readouterr().out
+    suites = json.loads((output / "results.json").read_text())["suites"]
+    assert set(suites) == set(evaluate.SUITES) - {"vqa"}
+    figures = {name: suite["figures"] for name, suite in suites.items()}
+    assert figures["retrieval"]["pictures"] == PICTURES
+    assert figures["captioning"]["pictures"] == figures["reconstruction"]["pictures"] == 5
+    # Of pictures and their first captions, spread over all six.
+    embedded = inference.embed(
+        there / "model" / "tokenizer", open_source(there / "pictures"), batch_size=8
+    )
+    some = np.linspace(0, PICTURES - 1, 5).astype(int)
+    first = np.searchsorted(embedded.picture_of_caption_C, some)
+    alike = np.sum(embedded.image_PE[some] * embedded.text_CE[first], axis=1).mean()
+    assert figures["drawing"]["picture"] == pytest.approx(alike, abs=1e-4)
+    check_curve(figures["codebook"], figures["retrieval"])
+    # Eight codes of four bits.
+    assert figures["compression"]["code_bytes"] == 4
+    table = (output / "table.md").read_text()
+    for name in suites:
+        assert f"| {name} " in table
+        assert f"## {name}: " in table
+    for sheet in ("captioning", "codes_first", "codes_shared", "drawing", "reconstruction"):
+        assert (output / f"{sheet}.png").stat().st_size > 1000
+
+
+def test_a_whole_drawing_is_all_codes_between_its_marks(there):
+    model = SeedOPT.from_pretrained(there / "model")
+    code, length = VISUAL.opt.vocab_size, VISUAL.picture_codes
+    whole = [VISUAL.begin, *[code] * length, VISUAL.end]
+    rows = {
+        "whole": whole,
+        "a word in it": [*whole[:3], 7, *whole[4:]],
+        "no beginning": [code, *whole[1:]],
+        "no end": [*whole[:-1], code],
+        "too short": [*whole[:-2], VISUAL.end, NOTHING],
+    }
+    model._generator = lambda ids, mask, decoding, seed: Written(np.array([*rows.values()]), None)
+    assert model.draws_whole(list(rows)).tolist() == [True, False, False, False, False]
+
+
+def test_jpeg_is_the_smallest_that_is_as_similar():
+    bytes_PG = np.tile([100.0, 200, 400, 300], (20, 1))
+    similarity_PG = np.tile([0.3, 0.6, 0.9, 0.7], (20, 1))
+    found = compression.compare(bytes_PG, similarity_PG, np.full(20, 0.65))
+    assert (found["jpeg_bytes"], found["best"]) == (300, 3)
+    assert found["intervals"]["jpeg_bytes"] == [300, 300]
+    assert compression.compare(bytes_PG, similarity_PG, np.full(20, 0.95))["best"] is None
 
 
 def test_rules_of_accuracy():

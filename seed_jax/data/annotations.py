@@ -100,7 +100,6 @@ def open_annotations(
         layout, dataset, said = "token", "flickr30k", list(_flickr(path))
     else:
         layout, dataset, said = _parse(path, read_json(path))
-    refuse_twice(path, (one.id for one in said), "picture")
     if layout == "karpathy":
         split = split or "test"
     if split:
@@ -126,7 +125,9 @@ def _parse(path: Path, content: Any) -> tuple[str, str, list[Annotated]]:
         raise not_known(path)
     try:
         if "sentences" in images[0]:
-            return "karpathy", content.get("dataset", ""), [_karpathy(one) for one in images]
+            said = [_karpathy(one) for one in images]
+            refuse_twice(path, (one.id for one in said), "picture")
+            return "karpathy", content.get("dataset", ""), said
         said = list(_coco(path, images, content["annotations"]))
         nocaps = all(one.domain for one in said)
         return "coco", "nocaps" if nocaps else "coco", said
@@ -147,6 +148,7 @@ def _karpathy(image: dict[str, Any]) -> Annotated:
 def _coco(
     path: Path, images: list[dict[str, Any]], annotations: list[dict[str, Any]]
 ) -> Iterator[Annotated]:
+    refuse_twice(path, (image["id"] for image in images), "picture")
     refuse_twice(path, (entry["id"] for entry in annotations), "caption")
     captions: dict[Any, list[str]] = {image["id"]: [] for image in images}
     for entry in annotations:
@@ -157,7 +159,6 @@ def _coco(
             )
         if text := entry["caption"].strip():
             captions[entry["image_id"]].append(text)
-    refuse_twice(path, (image["id"] for image in images), "picture")
     for image in images:
         yield Annotated(
             str(image["id"]),

@@ -5,15 +5,13 @@ Shapes: B pictures of a batch, P of the source, Q codes a picture, H and W pixel
 
 import argparse
 import textwrap
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from flax import nnx
 from PIL import Image
 from tqdm import tqdm
-from transformers import CLIPConfig
 
 from seed_jax import drawing, inference
 from seed_jax.cli import UserError
@@ -23,10 +21,8 @@ from seed_jax.data.text import choose_caption
 from seed_jax.diffusion import StableDiffusion
 from seed_jax.drawing import Shown
 from seed_jax.evaluation import intervals, tables
+from seed_jax.evaluation.encoders import Encoder, open_encoder
 from seed_jax.evaluation.suite import Evaluation, Measured
-from seed_jax.interop import clip_weights
-from seed_jax.models.image_encoder import ClipImageEncoder
-from seed_jax.models.layers import Array, Compute
 from seed_jax.models.tokenizer import SeedTokenizer
 
 # What a picture is drawn from: its codes; the text states of its caption, which is as good as an
@@ -44,22 +40,6 @@ PAPER = {
 SEED = 0
 ON_SHEET = 20
 TITLE_WIDTH = 54
-
-
-class ImageEncoder(NamedTuple):
-    """What similarity is measured by.
-
-    Attributes:
-      name: for whoever reads the figures.
-      clip: whether it is one, as the paper's is.
-      size: height and width of the pictures it takes.
-      features: uint8 [B, size, size, 3] to float32 [B, E], L2-normalised.
-    """
-
-    name: str
-    clip: bool
-    size: int
-    features: Callable[[np.ndarray], Any]
 
 
 class Drawn(NamedTuple):
@@ -87,24 +67,23 @@ def redraw(
     *,
     image_encoder: str = "",
     done: int = 0,
-) -> tuple[ImageEncoder, Iterator[Drawn]]:
+) -> tuple[Encoder, Iterator[Drawn]]:
     """What pictures are compared by, and the pictures, drawn as one asks for them.
 
     Args:
       args: the options of `drawing.add_arguments` and the batch size.
       path: model directory of stage 2.
-      image_encoder: a CLIP in transformers' layout, Flax or PyTorch: a directory or hub name; ''
-        for the tokenizer's own stage-1 encoder.
+      image_encoder: see `open_encoder`.
       done: so many pictures need not be drawn again.
 
     Raises:
       UserError: a model can't be found or does not fit its config, or the two do not fit one
-        another; the tokenizer has no contrastive heads to compare by; see `draw` too.
+        another; see `open_encoder` and `draw` too.
     """
     model = SeedTokenizer.from_pretrained(path)
     diffusion = drawing.open_diffusion(args, model, path)
     runner = inference.Runner(model)
-    encoder = _open_encoder(image_encoder, model, runner, path)
+    encoder = open_encoder(image_encoder, model, runner, path)
     settings = drawing.settings(args)
     batches = draw(
         model,
@@ -119,43 +98,11 @@ def redraw(
     return encoder, batches
 
 
-def _open_encoder(
-    path: str, model: SeedTokenizer, runner: inference.Runner, name: str | Path
-) -> ImageEncoder:
-    if path:
-        return clip_encoder(path)
-    config = model.config.encoder
-    if not config.contrastive_dim:
-        raise UserError(
-            f"{name} has no contrastive heads to compare pictures by; name a CLIP as "
-            "--image-encoder"
-        )
-
-    @runner.compile
-    def features(model: SeedTokenizer, images: Array) -> Array:
-        return model.image_features(model.causal_embeddings(images))
-
-    return ImageEncoder(f"stage-1 encoder of {name}", False, config.vit.image_size, features)
-
-
-def clip_encoder(path: str) -> ImageEncoder:
-    """The image side of a CLIP; see `redraw`."""
-    try:
-        config = CLIPConfig.from_pretrained(path)
-    except OSError as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: no CLIP in transformers' layout there: {reason}") from error
-    encoder = nnx.eval_shape(lambda: ClipImageEncoder(config, compute=Compute(), rngs=nnx.Rngs(0)))
-    clip_weights.load(encoder, path)
-    features = inference.Runner(encoder).compile(ClipImageEncoder.__call__)
-    return ImageEncoder(path, True, encoder.size, features)
-
-
 def draw(
     model: SeedTokenizer,
     runner: inference.Runner,
     diffusion: StableDiffusion,
-    encoder: ImageEncoder,
+    encoder: Encoder,
     source: Source,
     *,
     batch_size: int,
@@ -197,10 +144,10 @@ def draw(
                 "shuffled": embed(others_PQ[rows]),
             }
             drawings, similarity = {}, {}
-            original_BE = features(encoder, originals)
+            original_BE = encoder.pictures(originals)
             for row in ROWS:
                 drawn = np.asarray(diffusion.draw(embeddings[row], first=start, **settings))
-                drawn_BE = features(encoder, map(Image.fromarray, drawn))
+                drawn_BE = encoder.pictures(map(Image.fromarray, drawn))
                 drawings[row] = drawn[:count]
                 similarity[row] = np.sum(original_BE * drawn_BE, axis=-1)[:count]
             seen = np.stack([transforms.resize(original, side) for original in originals[:count]])
@@ -208,12 +155,6 @@ def draw(
                 index_P[start : start + count], seen, captions[:count], drawings, similarity
             )
             bar.update(count)
-
-
-def features(encoder: ImageEncoder, pictures: Iterable[Image.Image]) -> np.ndarray:
-    """What an encoder makes of pictures of any size, float32 [B, E]."""
-    resized = [transforms.resize(picture, encoder.size) for picture in pictures]
-    return np.asarray(encoder.features(np.stack(resized)))
 
 
 def _encode(
@@ -238,13 +179,13 @@ def another(count: int) -> np.ndarray:
     return places
 
 
-def results(encoder: ImageEncoder, batches: Iterable[Drawn]) -> dict[str, Any]:
+def results(encoder: Encoder, batches: Iterable[Drawn]) -> dict[str, Any]:
     """See `figures`, of pictures that were just drawn."""
     similarities = [batch.similarity for batch in batches]
     return figures(encoder, {row: np.concatenate([s[row] for s in similarities]) for row in ROWS})
 
 
-def figures(encoder: ImageEncoder, similarity: dict[str, np.ndarray]) -> dict[str, Any]:
+def figures(encoder: Encoder, similarity: dict[str, np.ndarray]) -> dict[str, Any]:
     """Mean similarity for each of `ROWS`, intervals, the encoder, and the number of pictures.
 
     Args:
@@ -263,11 +204,13 @@ class Redrawn(NamedTuple):
     """All pictures of an evaluation, drawn again.
 
     Attributes:
-      similarity: one of `ROWS` -> float32 [P].
+      index_P: their places in the source.
+      similarity: one of `ROWS` -> float [P].
       shown: the first ones, for a sheet.
     """
 
-    encoder: ImageEncoder
+    encoder: Encoder
+    index_P: list[int]
     similarity: dict[str, np.ndarray]
     shown: list[Shown]
 
@@ -286,14 +229,13 @@ def redrawn(evaluation: Evaluation) -> Redrawn:
     shown: list[Shown] = []
     for batch in batches:
         journal.add(
-            {"id": source.name(int(index))}
-            | {row: float(batch.similarity[row][place]) for row in ROWS}
+            {"id": str(index)} | {row: float(batch.similarity[row][place]) for row in ROWS}
             for place, index in enumerate(batch.index_B)
         )
         shown += shown_of(batch)
         del shown[ON_SHEET:]
     similarity = {row: np.array([r[row] for r in journal.rows.values()]) for row in ROWS}
-    return Redrawn(encoder, similarity, shown)
+    return Redrawn(encoder, [int(key) for key in journal.rows], similarity, shown)
 
 
 def shown_of(batch: Drawn) -> list[Shown]:

@@ -1,6 +1,7 @@
 """A folder of results: results.json, which a later run adds to, and table.md, made from it."""
 
 import json
+import math
 import platform
 from collections.abc import Mapping
 from importlib import metadata
@@ -71,6 +72,15 @@ def table(suite: Suite, result: dict[str, Any]) -> str:
 
 def _figures(result: dict[str, Any]) -> dict[str, Any]:
     return result["figures"] | {"benchmark": result["benchmark"]}
+
+
+def plain(value: Any) -> Any:
+    """Figures as JSON has them: it knows no NaN."""
+    if isinstance(value, dict):
+        return {key: plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(each) for each in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def versions() -> dict[str, str]:

@@ -81,7 +81,11 @@ class Evaluation:
         if not annotations.is_annotation_file(args.data):
             return open_source(args.data, args.split)
         return annotations.open_annotations(
-            Path(args.data), args.images, args.split, allow_missing=args.allow_missing
+            Path(args.data),
+            args.images,
+            args.split,
+            captions=args.captions,
+            allow_missing=args.allow_missing,
         )
 
     @cached_property

@@ -34,6 +34,8 @@ def figure(
     if interval is None:
         return text
     low, high = interval
+    if low is None or high is None:
+        return text
     return f"{text} [{scale * low:.{digits}f}, {scale * high:.{digits}f}]"
 
 

@@ -69,9 +69,14 @@ def open_questions(evaluation: Evaluation) -> Questions:
             some = [asked.questions[place] for place in places]
             return asked._replace(questions=some, benchmark=None)
         return asked
-    if args.data == "embedded":
+    if has_questions(evaluation):
         return questions.of_source(evaluation.few)
     raise UserError(f"{args.data} has no questions; name a file of them (docs/evaluation.md)")
+
+
+def has_questions(evaluation: Evaluation) -> bool:
+    """Whether there is something to ask about pictures that are not from a file of questions."""
+    return evaluation.args.data == "embedded"
 
 
 def score(rule: str, asked: list[Question], answers: list[str]) -> dict[str, Any]:
