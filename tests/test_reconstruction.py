@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import SIDE, write_pictures
+from tiny import SIDE, text_tokenizer, write_pictures
 from transformers import CLIPConfig
 
 from seed_jax import SeedTokenizer, evaluate
@@ -132,6 +132,14 @@ def test_a_clip_sees_what_pytorchs_sees(there, clip):
         ).numpy()
     expected /= np.linalg.norm(expected, axis=1, keepdims=True)
     np.testing.assert_allclose(encoder.features(images), expected, rtol=0, atol=1e-5)
+
+    text_tokenizer().save_pretrained(folder)
+    texts = ["a red cat", "one more dog"]
+    tokens = text_tokenizer()(texts, padding="max_length", max_length=9, return_tensors="pt")
+    with torch.no_grad():
+        expected = theirs.get_text_features(tokens["input_ids"], tokens["attention_mask"]).numpy()
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    np.testing.assert_allclose(encoder.texts(texts), expected, rtol=0, atol=1e-5)
 
     results = measure(there, f"--image-encoder={folder}")
     assert results["encoder"] == str(folder)

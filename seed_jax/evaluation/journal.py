@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from seed_jax.cli import UserError
+
 Row = dict[str, Any]
 
 
@@ -17,6 +19,9 @@ class Journal:
         Args:
           path: None keeps rows in memory alone.
           fingerprint: of all settings that rows depend on.
+
+        Raises:
+          UserError: the file is something else.
         """
         self.rows: dict[str, Row] = {}
         self._path = path
@@ -25,7 +30,10 @@ class Journal:
         head = {"settings": fingerprint}
         lines = path.read_text().split("\n")[:-1] if path.exists() else []
         # What follows the last line break was cut short.
-        entries = [json.loads(line) for line in lines]
+        try:
+            entries = [json.loads(line) for line in lines]
+        except ValueError:
+            raise UserError(f"{path} is damaged; delete it, or name another --output") from None
         if entries and entries[0] == head:
             self.rows = {row["id"]: row for row in entries[1:]}
         text = "".join(json.dumps(row) + "\n" for row in [head, *self.rows.values()])
