@@ -1,5 +1,6 @@
 """Captions by the language model, as Table 3 of the paper measures them."""
 
+import textwrap
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -86,7 +87,7 @@ def sheet(source: Source, written: Mapping[str, str]) -> list[Shown]:
     some = np.unique(np.linspace(0, len(keys) - 1, ON_SHEET).astype(int))
     return [
         Shown(
-            written[keys[place]][:40],
+            textwrap.shorten(written[keys[place]], 40),
             {"": np.asarray(transforms.decode(source[int(keys[place])]["image"]))},
         )
         for place in some

@@ -12,9 +12,7 @@ Shapes: P pictures, Q codes a picture, C codes, D width, R resamples, E contrast
 neighbours, K numbers of codes kept.
 """
 
-import argparse
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -49,16 +47,15 @@ def evaluate(evaluation: Evaluation) -> Measured:
         resamples=RESAMPLES,
         normal=True,
     )
-    model = SeedTokenizer.from_pretrained(evaluation.tokenizer_path)
-    curve, curve_spans = causal(model, embedded, batch_size=evaluation.args.batch_size)
+    curve, curve_spans = causal(
+        evaluation.tokenizer, evaluation.runner, embedded, batch_size=evaluation.args.batch_size
+    )
     alike, alike_spans = semantic(embedded)
     figures = used | {"causal": curve, "semantic": alike}
     spans |= {"causal": curve_spans, "semantic": alike_spans}
     sheets = {"codes_shared": shared_sheet(embedded, evaluation.source)}
     try:
-        sheets["codes_first"] = first_codes_sheet(
-            evaluation.args, model, evaluation.tokenizer_path, embedded, evaluation.source
-        )
+        sheets["codes_first"] = first_codes_sheet(evaluation)
     except UserError as error:
         print(f"codebook: nothing is drawn from the first codes: {error}")
     counts = {"pictures": len(codes.codes_PQ), "codes": codes.codebook_size}
@@ -93,9 +90,16 @@ def hide(
 
 
 def causal(
-    model: SeedTokenizer, embedded: inference.Embeddings, *, batch_size: int
+    model: SeedTokenizer,
+    runner: inference.Runner,
+    embedded: inference.Embeddings,
+    *,
+    batch_size: int,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the first and the last k codes keep, with intervals.
+
+    Args:
+      runner: holds `model`.
 
     Returns:
       For 'first' and 'last', by k: 'retrieval' (R@mean), 'reconstruction' and 'generation' (cosine
@@ -104,7 +108,6 @@ def causal(
     codes = embedded.codes
     assert codes is not None
     pictures, positions = codes.codes_PQ.shape
-    runner = inference.Runner(model)
     size = runner.batch_size(min(batch_size, pictures))
     dequantized = hide(model, codes.codes_PQ)
 
@@ -220,36 +223,32 @@ def _picture(source: Source, index: int) -> np.ndarray:
     return np.asarray(transforms.decode(source[index]["image"]))
 
 
-def first_codes_sheet(
-    args: argparse.Namespace,
-    model: SeedTokenizer,
-    path: str | Path,
-    embedded: inference.Embeddings,
-    source: Source,
-) -> list[Shown]:
+def first_codes_sheet(evaluation: Evaluation) -> list[Shown]:
     """Pictures, each beside what is drawn from its first codes, the others hidden.
 
     Raises:
       UserError: nothing here draws from this tokenizer's codes.
     """
+    embedded, source, model = evaluation.embedded, evaluation.source, evaluation.tokenizer
+    diffusion = evaluation.diffusion
     assert embedded.codes is not None
-    diffusion = drawing.open_diffusion(args, model, path)
     codes_PQ = embedded.codes.codes_PQ
     positions = codes_PQ.shape[1]
     dequantized = hide(model, codes_PQ)
     embed = jax.jit(lambda m, codes, kept: m.generation(dequantized(m, codes, kept)))
     counts = steps(positions)[1:]
     kept_KQ = np.arange(positions)[None] < np.array(counts)[:, None]
+    rows = _spread(len(codes_PQ), ON_SHEET)
+    # All at once: to compile takes longer than to draw.
+    codes_NQ = np.repeat(codes_PQ[rows], len(counts), axis=0)
+    embeddings = embed(model, codes_NQ, np.tile(kept_KQ, (len(rows), 1)))
+    drawn = iter(np.asarray(diffusion.draw(embeddings, **drawing.settings(evaluation.args))))
     shown = []
-    for row in _spread(len(codes_PQ), ON_SHEET // 2):
+    for row in rows:
         index = int(embedded.index_P[row])
-        codes_KQ = np.broadcast_to(codes_PQ[row], kept_KQ.shape)
-        drawn = np.asarray(
-            diffusion.draw(embed(model, codes_KQ, kept_KQ), **drawing.settings(args))
-        )
         panels: dict[str, np.ndarray | None] = {"": _picture(source, index)}
-        for count, picture in zip(counts, drawn, strict=True):
-            panels["all codes" if count == positions else f"first {count}"] = picture
+        for count in counts:
+            panels["all codes" if count == positions else f"first {count}"] = next(drawn)
         shown.append(Shown(source[index]["captions"][0], panels))
     return shown
 

@@ -64,17 +64,12 @@ def redraw(
     args: argparse.Namespace,
     path: str | Path,
     source: Source,
-    *,
-    image_encoder: str = "",
-    done: int = 0,
 ) -> tuple[Encoder, Iterator[Drawn]]:
-    """What pictures are compared by, and the pictures, drawn as one asks for them.
+    """The tokenizer's own encoder, and the pictures, drawn as one asks for them, compared by it.
 
     Args:
       args: the options of `drawing.add_arguments` and the batch size.
       path: model directory of stage 2.
-      image_encoder: see `open_encoder`.
-      done: so many pictures need not be drawn again.
 
     Raises:
       UserError: a model can't be found or does not fit its config, or the two do not fit one
@@ -83,7 +78,7 @@ def redraw(
     model = SeedTokenizer.from_pretrained(path)
     diffusion = drawing.open_diffusion(args, model, path)
     runner = inference.Runner(model)
-    encoder = open_encoder(image_encoder, model, runner, path)
+    encoder = open_encoder("", model, runner, path)
     settings = drawing.settings(args)
     batches = draw(
         model,
@@ -92,7 +87,6 @@ def redraw(
         encoder,
         source,
         batch_size=args.batch_size,
-        done=done,
         **settings,
     )
     return encoder, batches
@@ -120,7 +114,7 @@ def draw(
       UserError: fewer than two pictures, a picture without caption, or a diffusion model without
         text encoder.
     """
-    batch_size = runner.batch_size(batch_size)
+    batch_size = runner.batch_size(min(batch_size, len(source)))  # pads few pictures to few
     side = model.config.encoder.vit.image_size
     index_P, codes_PQ = _encode(runner, source, batch_size, side)
     if len(index_P) < 2:
@@ -216,15 +210,18 @@ class Redrawn(NamedTuple):
 
 
 def redrawn(evaluation: Evaluation) -> Redrawn:
-    """Draws what an interrupted run has not drawn yet; see `redraw`."""
+    """Draws what an interrupted run has not drawn yet; see `draw`."""
     args, source = evaluation.args, evaluation.few
     journal = evaluation.journal("reconstruction")
-    encoder, batches = redraw(
-        args,
-        evaluation.tokenizer_path,
+    batches = draw(
+        evaluation.tokenizer,
+        evaluation.runner,
+        evaluation.diffusion,
+        evaluation.encoder,
         source,
-        image_encoder=args.image_encoder,
+        batch_size=args.batch_size,
         done=len(journal.rows),
+        **drawing.settings(args),
     )
     shown: list[Shown] = []
     for batch in batches:
@@ -235,7 +232,7 @@ def redrawn(evaluation: Evaluation) -> Redrawn:
         shown += shown_of(batch)
         del shown[ON_SHEET:]
     similarity = {row: np.array([r[row] for r in journal.rows.values()]) for row in ROWS}
-    return Redrawn(encoder, [int(key) for key in journal.rows], similarity, shown)
+    return Redrawn(evaluation.encoder, [int(key) for key in journal.rows], similarity, shown)
 
 
 def shown_of(batch: Drawn) -> list[Shown]:

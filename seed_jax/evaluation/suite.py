@@ -10,13 +10,16 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
-from seed_jax import inference, model_dir, seed_opt
+from seed_jax import drawing, inference, model_dir, seed_opt
 from seed_jax.data import annotations
 from seed_jax.data.annotations import AnnotatedPictures
 from seed_jax.data.sources import Source, open_source
+from seed_jax.diffusion import StableDiffusion
 from seed_jax.drawing import Shown
 from seed_jax.evaluation import tables
+from seed_jax.evaluation.encoders import Encoder, open_encoder
 from seed_jax.evaluation.journal import Journal
+from seed_jax.models.tokenizer import SeedTokenizer
 from seed_jax.seed_opt import SeedOPT
 from seed_jax.tasks import causal_qformer
 from seed_jax.tokenize import Part
@@ -108,6 +111,28 @@ class Evaluation:
         )
 
     @cached_property
+    def tokenizer(self) -> SeedTokenizer:
+        """The tokenizer, of a suite that needs codes."""
+        return SeedTokenizer.from_pretrained(self.tokenizer_path)
+
+    @cached_property
+    def runner(self) -> inference.Runner:
+        """Runs the tokenizer."""
+        return inference.Runner(self.tokenizer)
+
+    @cached_property
+    def diffusion(self) -> StableDiffusion:
+        """What draws from codes; see `drawing.open_diffusion`."""
+        return drawing.open_diffusion(self.args, self.tokenizer, self.tokenizer_path)
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """What pictures and texts are compared by; see `open_encoder`."""
+        return open_encoder(
+            self.args.image_encoder, self.tokenizer, self.runner, self.tokenizer_path
+        )
+
+    @cached_property
     def seed_opt(self) -> SeedOPT:
         """The language model, of a suite that needs words."""
         return SeedOPT.from_pretrained(self.args.model)
@@ -143,10 +168,12 @@ class Evaluation:
         return {"options": options, "model": described}
 
     def journal(self, name: str) -> Journal:
-        """Rows of a suite, those of an interrupted run among them."""
+        """Rows of a suite, those of an interrupted run among them unless all is to be new."""
         text = json.dumps(self.settings(), sort_keys=True)
         fingerprint = hashlib.sha256(text.encode()).hexdigest()
         path = self._folder / f"{name}.jsonl" if self._folder else None
+        if path and self.args.overwrite:
+            path.unlink(missing_ok=True)
         return Journal(path, fingerprint)
 
 

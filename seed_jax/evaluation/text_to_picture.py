@@ -3,18 +3,18 @@
 Shapes: B texts of a batch, P texts, E features.
 """
 
+import textwrap
 from typing import Any
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from seed_jax import drawing, inference
+from seed_jax import drawing
 from seed_jax.data import transforms
 from seed_jax.data.text import choose_caption
 from seed_jax.drawing import Shown
 from seed_jax.evaluation import intervals, tables
-from seed_jax.evaluation.encoders import open_encoder
 from seed_jax.evaluation.reconstruction import another
 from seed_jax.evaluation.suite import Evaluation, Measured
 from seed_jax.models.tokenizer import SeedTokenizer
@@ -35,11 +35,7 @@ def evaluate(evaluation: Evaluation) -> Measured:
     held to that form.
     """
     args, source, model = evaluation.args, evaluation.few, evaluation.seed_opt
-    path = evaluation.tokenizer_path
-    tokenizer = SeedTokenizer.from_pretrained(path)
-    diffusion = drawing.open_diffusion(args, tokenizer, path)
-    runner = inference.Runner(tokenizer)
-    encoder = open_encoder(args.image_encoder, tokenizer, runner, path)
+    runner, diffusion, encoder = evaluation.runner, evaluation.diffusion, evaluation.encoder
     embed = runner.compile(SeedTokenizer.embed)
     texts = [choose_caption(source[index], None, 0) for index in range(len(source))]
     others = another(len(texts))
@@ -74,7 +70,7 @@ def evaluate(evaluation: Evaluation) -> Measured:
                 for place in range(count)
             )
             shown += [
-                Shown(text[:40], {"": picture})
+                Shown(textwrap.shorten(text, 40), {"": picture})
                 for text, picture in zip(asked[:count], pictures, strict=False)
             ]
             del shown[ON_SHEET:]

@@ -4,6 +4,7 @@ Pictures of the package come with no questions: "What is this?" is asked of each
 captions is right.
 """
 
+import textwrap
 from collections import defaultdict
 from functools import partial
 from pathlib import Path
@@ -125,7 +126,8 @@ def sheet(asked: list[Question], written: dict[str, str]) -> list[Shown]:
     shown = []
     for question in (asked[place] for place in some):
         picture = np.asarray(transforms.decode(writing.read(question.picture)))
-        shown.append(Shown(question.question[:40], {written[question.id][:40]: picture}))
+        title = textwrap.shorten(f"{question.question} {written[question.id]}", 40)
+        shown.append(Shown(title, {"": picture}))
     return shown
 
 
