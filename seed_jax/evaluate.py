@@ -23,6 +23,7 @@ from seed_jax.evaluation import (
     vqa,
 )
 from seed_jax.evaluation.suite import Evaluation, Suite
+from seed_jax.reconstruct import output_folder
 
 SUITES = {
     "retrieval": Suite(retrieval.evaluate, retrieval.table, retrieval.headline, needs="encoder"),
@@ -39,7 +40,7 @@ SUITES = {
         text_to_picture.evaluate, text_to_picture.table, text_to_picture.headline, needs="words"
     ),
 }
-ALL = "all"
+ALL, SINGLE = "all", ".json"
 # All of it on the packaged pictures is a demonstration: a minute, not an hour.
 DEMONSTRATION = {"split": "style", "limit": 48, "steps": 8, "scheduler": "dpm"}
 
@@ -50,7 +51,7 @@ def evaluate(args: argparse.Namespace) -> None:
     Raises:
       UserError: the model or the data don't suit the suite, or other results lie there already.
     """
-    single_file = args.output is not None and args.output.suffix == ".json"
+    single_file = args.output is not None and args.output.suffix == SINGLE
     if single_file and args.suite == ALL:
         raise UserError(f"--output {args.output}: all suites take a folder; leave out .json")
     folder = None if single_file else args.output
@@ -58,8 +59,6 @@ def evaluate(args: argparse.Namespace) -> None:
     names = [args.suite] if args.suite != ALL else chosen(evaluation)
     found = results.read(folder) if folder else {}
     refuse_others(found, names, evaluation)
-    if folder:
-        folder.mkdir(parents=True, exist_ok=True)
     for name in names:
         if name in found and not args.overwrite:
             print(f"{name}: measured already, in {folder}; --overwrite measures it again")
@@ -180,13 +179,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--output",
-        type=Path,
+        type=output,
         metavar="DIR",
         help="results.json, table.md and pictures go here, and an interrupted run goes on from "
         "here; FILE.json: the figures of one suite alone",
     )
     parser.add_argument("--overwrite", action="store_true", help="measure again what is in DIR")
     drawing.add_arguments(parser)
+
+
+def output(text: str) -> Path:
+    """The type of the argument that says where results go: its mistakes show before the work."""
+    return inference.output_file(text) if text.endswith(SINGLE) else output_folder(text)
 
 
 def main(argv: list[str] | None = None) -> None:

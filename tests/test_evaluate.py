@@ -179,6 +179,21 @@ def test_a_folder_without_captions_is_an_error_of_one_line(model, tmp_path):
         evaluate(model, folder, tmp_path / "results.json")
 
 
+def test_what_does_not_fit_is_refused_before_any_work(model, tmp_path):
+    data = str(write_pictures(tmp_path / "pictures", 2))
+
+    def refused(message: str, suite: str, output: Path) -> None:
+        arguments = ["--model", str(model), "--data", data, "--output", str(output)]
+        with pytest.raises(UserError, match=message):
+            main([*arguments, "--suite", suite])
+
+    refused("seed_tokenizer model, which has no words; name .* of stage 3", "vqa", tmp_path / "r")
+    refused("all suites take a folder", "all", tmp_path / "r.json")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "results.json").write_text('{"loss": 1}')
+    refused(r"results\.json is no results of seed_jax", "retrieval", tmp_path / "other")
+
+
 def test_an_unknown_suite_says_which_there_are(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["--model", "m", "--suite", "retreival", "--data", "d"])

@@ -171,7 +171,8 @@ def test_all_suites_at_once(there, tmp_path, monkeypatch, capsys):
     for name in suites:
         assert f"| {name} " in table
         assert f"## {name}: " in table
-    for sheet in ("captioning", "codes_first", "codes_shared", "drawing", "reconstruction"):
+    sheets = ("captioning", "codes_first", "codes_shared", "drawing", "reconstruction", "retrieval")
+    for sheet in sheets:
         assert (output / f"{sheet}.png").stat().st_size > 1000
 
 

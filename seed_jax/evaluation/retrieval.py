@@ -3,15 +3,20 @@
 Shapes: P pictures, C captions, M queries, G gallery items, E contrastive width, R resamples.
 """
 
+import textwrap
 from typing import Any
 
 import numpy as np
 
+from seed_jax.data import transforms
+from seed_jax.data.sources import Source
+from seed_jax.drawing import Shown
 from seed_jax.evaluation import intervals, tables, usage
 from seed_jax.evaluation.suite import Evaluation, Measured
 from seed_jax.inference import Embeddings
 
 KS = (1, 5, 10)
+ON_SHEET, TITLE_WIDTH = 32, 40
 WAYS = {"i2t": "image to text", "t2i": "text to image"}
 # Table 1, in per cent: R@1, 5, 10 from pictures to captions, then back, and their mean.
 PAPER = {
@@ -136,7 +141,22 @@ def results(embedded: Embeddings) -> dict[str, Any]:
 
 def evaluate(evaluation: Evaluation) -> Measured:
     """See `results`."""
-    return Measured(results(evaluation.embedded), evaluation.benchmark)
+    embedded = evaluation.embedded
+    shown = {"retrieval": sheet(embedded, evaluation.source)}
+    return Measured(results(embedded), evaluation.benchmark, shown)
+
+
+def sheet(embedded: Embeddings, source: Source) -> list[Shown]:
+    """Some pictures, spread evenly over all, under the caption nearest to each."""
+    image_PE = embedded.codes.image_PE if embedded.codes else embedded.image_PE
+    shown = []
+    for row in np.unique(np.linspace(0, len(image_PE) - 1, ON_SHEET).astype(int)):
+        nearest = int(np.argmax(embedded.text_CE @ image_PE[row]))
+        mark = "✓ " if embedded.picture_of_caption_C[nearest] == row else ""
+        title = textwrap.shorten(mark + embedded.captions[nearest], TITLE_WIDTH)
+        picture = transforms.decode(source[int(embedded.index_P[row])]["image"])
+        shown.append(Shown(title, {"": np.asarray(picture)}))
+    return shown
 
 
 def table(found: dict[str, Any]) -> str:
