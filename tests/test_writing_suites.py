@@ -15,9 +15,10 @@ from seed_jax.evaluation.journal import Journal
 from seed_jax.models.generation import NOTHING
 from seed_jax.models.generator import Written
 from tests.tiny_diffusion import save_stable_diffusion
-from tests.tiny_seed_opt import VISUAL, save_seed_opt
+from tests.tiny_seed_opt import config, save_seed_opt
 
 PICTURES = 6
+VISUAL = config("codebook")
 
 # What one test compiles serves the others.
 pytestmark = pytest.mark.xdist_group("writing_suites")
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.xdist_group("writing_suites")
 @pytest.fixture(scope="module")
 def there(tmp_path_factory):
     folder = tmp_path_factory.mktemp("writing")
-    save_seed_opt(folder / "model")
+    save_seed_opt(folder, VISUAL)
     write_pictures(folder / "pictures", PICTURES)
     save_stable_diffusion(folder / "diffusion")
     return folder
