@@ -1,115 +1,166 @@
-"""Measures a model: `python -m seed_jax.evaluate --model DIR --suite retrieval --data PATH`."""
+"""Measures a model: `python -m seed_jax.evaluate --model DIR --suite retrieval --data PATH`.
+
+In --output DIR lie results.json, table.md with the paper's figures beside, a sheet of pictures a
+suite, and what the suites wrote on the way. The same command goes on where it was interrupted.
+"""
 
 import argparse
 import json
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import time
+from pathlib import Path
+from typing import Any
 
-import jax.numpy as jnp
-import numpy as np
-
-from seed_jax import cli, drawing, inference, reconstruction, retrieval
-from seed_jax.data.sources import open_source
-from seed_jax.models import quantizer
-
-Results = dict[str, Any]
-
-
-def evaluate_retrieval(args: argparse.Namespace) -> Results:
-    """Image-text retrieval, as in Table 1 of the paper; see `retrieval_results`."""
-    source = open_source(args.data, args.split)
-    return retrieval_results(
-        inference.embed(args.model, source, batch_size=args.batch_size, max_tags=args.max_tags)
-    )
-
-
-def retrieval_results(embedded: inference.Embeddings) -> Results:
-    """The figures of one set of pictures and captions, as fractions between 0 and 1.
-
-    Returns:
-      For 'embeddings' (the causal embeddings) and 'codes' (the embeddings that the decoder
-      reconstructs from the codes): recall both ways and their mean; 'chance_r10'; the numbers of
-      'pictures' and 'captions'; for 'codebook' the share of the codes that these pictures use and
-      their perplexity. A stage-1 model has no 'codes' and no 'codebook'.
-    """
-    texts, owner_C = embedded.text_CE, embedded.picture_of_caption_C
-    results: Results = {"embeddings": retrieval.retrieval(embedded.image_PE, texts, owner_C)}
-    if codes := embedded.codes:
-        results["codes"] = retrieval.retrieval(codes.image_PE, texts, owner_C)
-        results["codebook"] = codebook_health(codes.codes_PQ, codes.codebook_size)
-    results["chance_r10"] = retrieval.chance_recall(owner_C)
-    return results | {"pictures": len(embedded.image_PE), "captions": len(texts)}
-
-
-def codebook_health(codes_PQ: np.ndarray, size: int) -> dict[str, float]:
-    """Usage and perplexity of `size` codes over all pictures together."""
-    counts_C = quantizer.usage_counts(jnp.asarray(codes_PQ), size)
-    return {name: float(value) for name, value in quantizer.codebook_health(counts_C).items()}
-
-
-def retrieval_table(results: Results) -> str:
-    """The figures as Table 1 prints them, in per cent."""
-    ways = [
-        ("i2t", "r1"),
-        ("i2t", "r5"),
-        ("i2t", "r10"),
-        ("t2i", "r1"),
-        ("t2i", "r5"),
-        ("t2i", "r10"),
-    ]
-    lines = [
-        f"{'per cent':<12}{'image to text':>20}{'text to image':>21}",
-        f"{'':<12}" + "".join(f"{'R@' + k[1:]:>7}" for _, k in ways) + f"{'mean':>8}",
-    ]
-    for name in ("embeddings", "codes"):
-        if row := results.get(name):
-            cells = "".join(f"{100 * row[way][k]:7.1f}" for way, k in ways)
-            lines.append(f"{name:<12}{cells}{100 * row['mean']:8.1f}")
-    lines.append(
-        f"{results['pictures']} pictures, {results['captions']} captions; guessing would reach "
-        f"{100 * results['chance_r10']:.1f} at R@10, both ways averaged"
-    )
-    if health := results.get("codebook"):
-        lines.append(
-            f"codebook: these pictures use {100 * health['usage']:.1f} % of the codes, "
-            f"perplexity {health['perplexity']:.1f}"
-        )
-    return "\n".join(lines)
-
-
-def evaluate_reconstruction(args: argparse.Namespace) -> Results:
-    """How alike pictures and their drawings are, as in Table 2; see `reconstruction.results`."""
-    source = open_source(args.data, args.split)
-    return reconstruction.results(
-        *reconstruction.redraw(args, args.model, source, image_encoder=args.image_encoder)
-    )
-
-
-class Suite(NamedTuple):
-    """What a suite measures, and how its results read."""
-
-    evaluate: Callable[[argparse.Namespace], Results]
-    table: Callable[[Results], str]
-
+from seed_jax import cli, drawing, inference
+from seed_jax.cli import UserError
+from seed_jax.evaluation import (
+    captioning,
+    codebook,
+    compression,
+    reconstruction,
+    results,
+    retrieval,
+    text_to_picture,
+    vqa,
+)
+from seed_jax.evaluation.suite import Evaluation, Suite
+from seed_jax.reconstruct import output_folder
 
 SUITES = {
-    "retrieval": Suite(evaluate_retrieval, retrieval_table),
-    "reconstruction": Suite(evaluate_reconstruction, reconstruction.table),
+    "retrieval": Suite(retrieval.evaluate, retrieval.table, retrieval.headline, needs="encoder"),
+    "reconstruction": Suite(
+        reconstruction.evaluate, reconstruction.table, reconstruction.headline, needs="codes"
+    ),
+    "codebook": Suite(codebook.evaluate, codebook.table, codebook.headline, needs="codes"),
+    "compression": Suite(
+        compression.evaluate, compression.table, compression.headline, needs="codes"
+    ),
+    "captioning": Suite(captioning.evaluate, captioning.table, captioning.headline, needs="words"),
+    "vqa": Suite(vqa.evaluate, vqa.table, vqa.headline, needs="words"),
+    "drawing": Suite(
+        text_to_picture.evaluate, text_to_picture.table, text_to_picture.headline, needs="words"
+    ),
 }
+ALL, SINGLE = "all", ".json"
+# All of it on the packaged pictures is a demonstration: a minute, not an hour.
+DEMONSTRATION = {"split": "style", "limit": 48, "steps": 8, "scheduler": "dpm"}
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m seed_jax.evaluate", description="Measures a trained model on a data set."
-    )
+def evaluate(args: argparse.Namespace) -> None:
+    """Measures and tells what was found.
+
+    Raises:
+      UserError: the model or the data don't suit the suite, or other results lie there already.
+    """
+    single_file = args.output is not None and args.output.suffix == SINGLE
+    if single_file and args.suite == ALL:
+        raise UserError(f"--output {args.output}: all suites take a folder; leave out .json")
+    folder = None if single_file else args.output
+    evaluation = Evaluation(args, folder)
+    names = [args.suite] if args.suite != ALL else chosen(evaluation)
+    found = results.read(folder) if folder else {}
+    refuse_others(found, names, evaluation)
+    for name in names:
+        if name in found and not args.overwrite:
+            print(f"{name}: measured already, in {folder}; --overwrite measures it again")
+            continue
+        found[name] = measure(name, evaluation, folder)
+        if folder:
+            results.write(folder, found, SUITES)
+        print(f"\n{name}\n\n{results.table(SUITES[name], found[name])}\n", flush=True)
+    if folder:
+        print(f"{folder / results.TABLE} and {folder / results.FILE} have it all")
+    elif single_file:
+        figures = found[args.suite]["figures"]
+        args.output.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def chosen(evaluation: Evaluation) -> list[str]:
+    """The suites that suit the model and the data."""
+    fit = {name: evaluation.misfit(suite) for name, suite in SUITES.items()}
+    if not fit["vqa"] and not vqa.has_questions(evaluation):
+        fit["vqa"] = f"{evaluation.args.data} has no questions"
+    for name, reason in fit.items():
+        if reason:
+            print(f"{name} is left out: {reason}")
+    return [name for name, reason in fit.items() if not reason]
+
+
+def refuse_others(found: results.Results, names: list[str], evaluation: Evaluation) -> None:
+    """Raises a UserError if results of other settings would be lost."""
+    settings = json.loads(json.dumps(evaluation.settings()))
+    for name in names:
+        if name in found and not evaluation.args.overwrite:
+            there = found[name]["settings"]
+            if there == settings:
+                continue
+            changed = sorted(
+                key
+                for part in settings
+                for key in settings[part]
+                if settings[part][key] != there.get(part, {}).get(key)
+            )
+            raise UserError(
+                f"{evaluation.args.output} holds results of {name} with another "
+                f"{', '.join(changed)}; name another --output, or replace them by --overwrite"
+            )
+
+
+def measure(name: str, evaluation: Evaluation, folder: Path | None) -> dict[str, Any]:
+    """One suite's figures with all that they depend on; draws its sheet."""
+    suite = SUITES[name]
+    if reason := evaluation.misfit(suite):
+        raise UserError(reason)
+    started = time.monotonic()
+    measured = suite.measure(evaluation)
+    if folder:
+        for sheet, shown in measured.sheets.items():
+            drawing.draw_sheet(list(shown), folder / f"{sheet}.png")
+    return {
+        "figures": results.plain(measured.figures),
+        "benchmark": measured.benchmark,
+        "settings": evaluation.settings(),
+        "versions": results.versions(),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     inference.add_arguments(parser)
-    parser.add_argument("--suite", required=True, choices=SUITES, help="what to measure")
+    parser.add_argument(
+        "--suite", required=True, choices=[*SUITES, ALL], help="what to measure; all: what fits"
+    )
     parser.add_argument(
         "--data",
         required=True,
         metavar="PATH",
         help="a folder of pictures with captions.jsonl or a .txt beside each picture, a "
-        ".array_record file or a folder of them, or 'embedded' for the packaged pictures",
+        ".array_record file or a folder of them, 'embedded' for the packaged pictures, or an "
+        "official annotation file (docs/evaluation.md)",
+    )
+    parser.add_argument(
+        "--images", type=Path, metavar="DIR", help="where the pictures of an annotation file lie"
+    )
+    parser.add_argument(
+        "--answers", type=Path, metavar="FILE", help="vqa: the answers to a file of questions"
+    )
+    parser.add_argument(
+        "--allow-missing",
+        action="store_true",
+        help="leave out pictures that are not in --images, even more than 1 %% of them",
+    )
+    parser.add_argument(
+        "--limit",
+        type=inference.positive,
+        default=0,
+        metavar="N",
+        help="draw or write about so many pictures, spread evenly over the data (default: all)",
+    )
+    parser.add_argument(
+        "--captions",
+        type=inference.positive,
+        default=0,
+        metavar="N",
+        help="keep the first N captions of each picture in an annotation file (default: all)",
     )
     parser.add_argument(
         "--max-tags",
@@ -123,23 +174,35 @@ def main(argv: list[str] | None = None) -> None:
         "--image-encoder",
         default="",
         metavar="DIR",
-        help="reconstruction: compare pictures by this CLIP, a directory in transformers layout or "
-        "a hub name (default: the model's own stage-1 encoder)",
+        help="compare pictures by this CLIP, a directory in transformers layout or a hub name "
+        "(default: the model's own stage-1 encoder)",
     )
     parser.add_argument(
         "--output",
-        type=inference.output_file,
-        metavar="FILE",
-        help="write the figures here, as JSON",
+        type=output,
+        metavar="DIR",
+        help="results.json, table.md and pictures go here, and an interrupted run goes on from "
+        "here; FILE.json: the figures of one suite alone",
     )
+    parser.add_argument("--overwrite", action="store_true", help="measure again what is in DIR")
     drawing.add_arguments(parser)
-    args = parser.parse_args(argv)
 
-    suite = SUITES[args.suite]
-    results = suite.evaluate(args)
-    print(suite.table(results))
-    if args.output:
-        args.output.write_text(json.dumps(results, indent=2) + "\n")
+
+def output(text: str) -> Path:
+    """The type of the argument that says where results go: its mistakes show before the work."""
+    return inference.output_file(text) if text.endswith(SINGLE) else output_folder(text)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m seed_jax.evaluate", description="Measures a trained model on a data set."
+    )
+    add_arguments(parser)
+    args = parser.parse_args(argv)
+    if args.suite == ALL and args.data == "embedded":
+        parser.set_defaults(**DEMONSTRATION)
+        args = parser.parse_args(argv)
+    evaluate(args)
 
 
 if __name__ == "__main__":

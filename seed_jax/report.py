@@ -24,13 +24,14 @@ from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec, GridSpecFromSubplotSpec
 from PIL import Image
 
-from seed_jax import cli, drawing, evaluate, inference, reconstruction, seed_opt_results
+from seed_jax import cli, drawing, inference
 from seed_jax.cli import UserError
 from seed_jax.data.sources import CAPTIONS_FILE, Record, Source, open_source
 from seed_jax.data.transforms import decode
 from seed_jax.drawing import Shown
+from seed_jax.evaluation import reconstruction, retrieval, seed_opt, usage
+from seed_jax.evaluation.reconstruction import Drawn
 from seed_jax.inference import Embeddings
-from seed_jax.reconstruction import Drawn
 from seed_jax.seed_opt import SeedOPT
 
 SPLITS = {
@@ -228,7 +229,7 @@ def report(args: argparse.Namespace) -> None:
             raise UserError(f"{model} holds a model of stage 1; copy stage 2's there")
         codes.append(found.codes_PQ)
         size = found.codebook_size
-        results[split] = evaluate.retrieval_results(embedded[split])
+        results[split] = retrieval.results(embedded[split])
         cards[title] = make_cards(sources[split], embedded[split], CARDS_PER_SPLIT)
     draw_sheet(cards, size, run / "pictures.png")
     write_folder(sources["style"], run / "some_folder", args.max_tags)
@@ -249,7 +250,7 @@ def report(args: argparse.Namespace) -> None:
     drawing.draw_sheet(shown, run / "drawings.png")
     summary = {
         "retrieval": results,
-        "codebook": evaluate.codebook_health(np.concatenate(codes), size),
+        "codebook": usage.health(np.concatenate(codes), size),
         "reconstruction": reconstruction.results(encoder, redrawn),
         "seed_opt": written.results,
         "seconds": round(time.time() - args.started, 1),
@@ -262,11 +263,11 @@ def write(model: SeedOPT, source: Source, embedded: Embeddings, batch_size: int)
     """Lets the language model caption pictures from their codes, and draw their captions."""
     assert embedded.codes is not None
     true = [source[int(index)]["captions"] for index in embedded.index_P]
-    captions = seed_opt_results.caption_all(model, embedded.codes.codes_PQ, batch_size=batch_size)
-    drawn_PQ = seed_opt_results.draw_all(model, [own[0] for own in true], batch_size=batch_size)
+    captions = seed_opt.caption_all(model, embedded.codes.codes_PQ, batch_size=batch_size)
+    drawn_PQ = seed_opt.draw_all(model, [own[0] for own in true], batch_size=batch_size)
     results = {
-        "captions": seed_opt_results.caption_results(captions, true),
-        "drawings": seed_opt_results.drawing_results(model, drawn_PQ, embedded),
+        "captions": seed_opt.caption_results(captions, true),
+        "drawings": seed_opt.drawing_results(model, drawn_PQ, embedded),
     }
     return Written(captions, drawn_PQ, results)
 
@@ -279,23 +280,12 @@ def shown_drawings(
     Args:
       draw: codes [N, Q] to pictures uint8 [N, H, W, 3].
     """
-    groups = [
-        (
-            caption,
-            {
-                "": original,
-                "from its codes": batch.drawings["codes"][i],
-                "from its caption": batch.drawings["caption"][i],
-            },
-        )
-        for batch in redrawn
-        for i, (caption, original) in enumerate(zip(batch.captions, batch.originals, strict=True))
-    ]
+    groups = [shown for batch in redrawn for shown in reconstruction.shown_of(batch)]
     rows = np.unique(np.linspace(0, len(groups) - 1, SHOWN_DRAWINGS, dtype=int))
     return [
         Shown(
-            f"{_short(groups[row][0])}\nread as: {_short(written.captions[row])}",
-            {**groups[row][1], "by SEED-OPT": picture},
+            f"{_short(groups[row].title)}\nread as: {_short(written.captions[row])}",
+            {**groups[row].panels, "by SEED-OPT": picture},
         )
         for row, picture in zip(rows, draw(written.drawn_PQ[rows]), strict=True)
     ]
@@ -305,11 +295,11 @@ def story(run: Path, summary: dict[str, Any]) -> str:
     """What happened and what to open, for the terminal."""
     lines = []
     for split, title in SPLITS.items():
-        table = evaluate.retrieval_table(summary["retrieval"][split])
+        table = retrieval.table(summary["retrieval"][split])
         lines += [f"\n{title} (split {split!r})", textwrap.indent(table, "  ")]
     table = reconstruction.table(summary["reconstruction"])
     lines += ["\nDrawn again (split 'style')", textwrap.indent(table, "  ")]
-    table = seed_opt_results.table(summary["seed_opt"])
+    table = seed_opt.table(summary["seed_opt"])
     lines += ["\nRead and drawn by SEED-OPT (split 'style')", textwrap.indent(table, "  ")]
     minutes, seconds = divmod(round(summary["seconds"]), 60)
     health = summary["codebook"]

@@ -133,22 +133,42 @@ class SeedOPT:
         Raises:
           UserError: a text is empty, or too long.
         """
-        if not all(text.strip() for text in texts):
-            raise UserError("an empty text; say what to draw")
-        words, config = self._words, self.config
-        rows = [
-            [
-                words.begin,
-                *words.encode(f"{DRAWING_PROMPT} {text.strip()}"),
-                words.end,
-                config.begin,
-            ]
-            for text in texts
-        ]
+        config = self.config
+        rows = [[*row, config.begin] for row in self._asked_to_draw(texts)]
         length = config.picture_codes + 1
         decoding = dataclasses.replace(decoding, max_new=length, min_new=0, stop=(config.end,))
         written = self._write(rows, decoding, least=length, pictures=False, seed=seed)
         return np.array([row[:-1] for row in written], np.int32) - config.opt.vocab_size
+
+    def draws_whole(
+        self, texts: Sequence[str], *, decoding: Decoding = DRAWING, seed: int = 0
+    ) -> np.ndarray:
+        """Whether it draws well-formed pictures by itself, held to no form, bool [B].
+
+        One is its beginning, the codes of a picture, and its end.
+
+        Raises:
+          UserError: a text is empty, or too long.
+        """
+        config = self.config
+        length = config.picture_codes + 2
+        decoding = dataclasses.replace(
+            decoding, max_new=length, min_new=0, stop=(config.end, self._words.end)
+        )
+        ids, mask, decoding = self._padded(self._asked_to_draw(texts), decoding, least=length)
+        ids_BG = self._generator(ids, mask, decoding, seed=seed).ids
+        codes_BQ = ids_BG[:, 1:-1]
+        whole_B = (ids_BG[:, 0] == config.begin) & (ids_BG[:, -1] == config.end)
+        return whole_B & np.all(
+            (codes_BQ >= config.opt.vocab_size) & (codes_BQ < config.begin), axis=1
+        )
+
+    def _asked_to_draw(self, texts: Sequence[str]) -> list[list[int]]:
+        if not all(text.strip() for text in texts):
+            raise UserError("an empty text; say what to draw")
+        words = self._words
+        prompts = [words.encode(f"{DRAWING_PROMPT} {text.strip()}") for text in texts]
+        return [[words.begin, *prompt, words.end] for prompt in prompts]
 
     def generate(
         self,

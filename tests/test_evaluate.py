@@ -1,6 +1,7 @@
 """Retrieval figures, first by hand-made cases, then through the command line."""
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import jax
@@ -9,9 +10,10 @@ import pytest
 from PIL import Image
 from tiny import CODES, SIDE, save_tokenizer, text_tokenizer, write_pictures
 
-from seed_jax import SeedTokenizer, retrieval
+from seed_jax import SeedTokenizer
 from seed_jax.cli import UserError
 from seed_jax.evaluate import main
+from seed_jax.evaluation import intervals, retrieval
 
 
 def test_ranks_against_a_full_sort():
@@ -27,12 +29,24 @@ def test_ranks_against_a_full_sort():
         assert ranks[picture] == np.flatnonzero(picture_C[order] == picture)[0]
 
 
+def test_blocks_are_all_that_is_held_of_the_similarities():
+    rng = np.random.default_rng(0)
+    image_PE = rng.normal(size=(1000, 16)).astype(np.float32)
+    text_CE = rng.normal(size=(5000, 16)).astype(np.float32)
+    whole = len(image_PE) * len(text_CE) * text_CE.itemsize
+    tracemalloc.start()
+    retrieval.first_hit_ranks(text_CE, image_PE, np.arange(5000) // 5, np.arange(1000), block=100)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < whole / 8
+
+
 def test_any_caption_of_a_picture_counts_but_each_is_its_own_query():
     image_PE = np.eye(2, dtype=np.float32)
     # Picture 0 has a good caption and one that describes picture 1.
     text_CE = np.array([[1, 0], [0, 0.9], [0, 1]], np.float32)
 
-    result = retrieval.retrieval(image_PE, text_CE, np.array([0, 0, 1]))
+    result, _ = retrieval.retrieval(image_PE, text_CE, np.array([0, 0, 1]))
 
     assert result["i2t"]["r1"] == 1.0
     assert result["t2i"]["r1"] == pytest.approx(2 / 3)
@@ -44,11 +58,34 @@ def test_features_that_are_all_alike_score_as_a_guess(value):
     features_PE = np.full((50, 4), value, np.float32)
     picture_C = np.arange(50)
 
-    result = retrieval.retrieval(features_PE, features_PE, picture_C)
+    result, _ = retrieval.retrieval(features_PE, features_PE, picture_C)
 
     for way in ("i2t", "t2i"):
         assert result[way] == pytest.approx({"r1": 1 / 50, "r5": 5 / 50, "r10": 10 / 50})
     assert retrieval.chance_recall(picture_C) == pytest.approx(10 / 50)
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say():
+    # 200 sets of 80 pictures, each found with probability 0.3.
+    rng = np.random.default_rng(0)
+    covered = 0
+    for found_P in rng.random((200, 80)) < 0.3:
+        figures, spans = intervals.of_means({"found": found_P.astype(float)})
+        assert figures["found"] == pytest.approx(found_P.mean())
+        low, high = spans["found"]
+        covered += low <= 0.3 <= high
+    assert 0.91 <= covered / 200 <= 0.98
+
+
+def test_captions_are_drawn_with_their_pictures():
+    # One picture has nine captions that are found, nine have one that is not.
+    sums_P, counts_P = np.array([9.0] + [0] * 9), np.array([9.0] + [1] * 9)
+    figures, spans = intervals.with_intervals(
+        lambda weights_RP: {"recall": intervals.mean(weights_RP, sums_P, counts_P)}, 10
+    )
+    assert figures["recall"] == pytest.approx(0.5)
+    # (9 / 10) ** 10 of the draws lack that picture, and find nothing at all.
+    assert spans["recall"][0] == 0.0
 
 
 def test_chance_counts_every_caption_of_a_picture():
@@ -140,6 +177,21 @@ def test_a_folder_without_captions_is_an_error_of_one_line(model, tmp_path):
     (folder / "captions.jsonl").unlink()
     with pytest.raises(UserError, match=r"000\.png has no caption"):
         evaluate(model, folder, tmp_path / "results.json")
+
+
+def test_what_does_not_fit_is_refused_before_any_work(model, tmp_path):
+    data = str(write_pictures(tmp_path / "pictures", 2))
+
+    def refused(message: str, suite: str, output: Path) -> None:
+        arguments = ["--model", str(model), "--data", data, "--output", str(output)]
+        with pytest.raises(UserError, match=message):
+            main([*arguments, "--suite", suite])
+
+    refused("seed_tokenizer model, which has no words; name .* of stage 3", "vqa", tmp_path / "r")
+    refused("all suites take a folder", "all", tmp_path / "r.json")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "results.json").write_text('{"loss": 1}')
+    refused(r"results\.json is no results of seed_jax", "retrieval", tmp_path / "other")
 
 
 def test_an_unknown_suite_says_which_there_are(capsys):

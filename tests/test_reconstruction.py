@@ -8,14 +8,16 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import SIDE, write_pictures
+from tiny import SIDE, text_tokenizer, write_pictures
 from transformers import CLIPConfig
 
-from seed_jax import SeedTokenizer, evaluate, reconstruction
+from seed_jax import SeedTokenizer, evaluate
 from seed_jax.cli import UserError
 from seed_jax.data.transforms import CLIP_MEAN, CLIP_STD, resize
 from seed_jax.diffusion import StableDiffusion
-from seed_jax.reconstruction import ROWS
+from seed_jax.evaluation import reconstruction
+from seed_jax.evaluation.encoders import clip_encoder
+from seed_jax.evaluation.reconstruction import ROWS
 from tests.tiny_diffusion import save_models_and_pictures
 
 PICTURES = 10
@@ -119,7 +121,7 @@ def test_a_clip_sees_what_pytorchs_sees(there, clip):
     import torch
 
     folder, theirs = clip
-    encoder = reconstruction.clip_encoder(str(folder))
+    encoder = clip_encoder(str(folder))
     assert (encoder.name, encoder.size) == (str(folder), CLIP_SIDE)
     shape = (8, CLIP_SIDE, CLIP_SIDE, 3)
     images = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
@@ -130,6 +132,14 @@ def test_a_clip_sees_what_pytorchs_sees(there, clip):
         ).numpy()
     expected /= np.linalg.norm(expected, axis=1, keepdims=True)
     np.testing.assert_allclose(encoder.features(images), expected, rtol=0, atol=1e-5)
+
+    text_tokenizer().save_pretrained(folder)
+    texts = ["a red cat", "one more dog"]
+    tokens = text_tokenizer()(texts, padding="max_length", max_length=9, return_tensors="pt")
+    with torch.no_grad():
+        expected = theirs.get_text_features(tokens["input_ids"], tokens["attention_mask"]).numpy()
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    np.testing.assert_allclose(encoder.texts(texts), expected, rtol=0, atol=1e-5)
 
     results = measure(there, f"--image-encoder={folder}")
     assert results["encoder"] == str(folder)

@@ -33,6 +33,7 @@ class Record(TypedDict):
     captions: list[str]
     tags: NotRequired[list[str]]  # words that a person attached to the picture
     split: NotRequired[str]
+    domain: NotRequired[str]  # NoCaps: how far its things are from those of COCO
 
 
 class Source(Protocol):

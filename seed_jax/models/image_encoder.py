@@ -1,7 +1,8 @@
-"""The image side of CLIP, by which drawings are compared: transformers' Flax class, in NNX."""
+"""CLIP, by which drawings, pictures and texts are compared: transformers' Flax class, in NNX."""
 
 from typing import Any
 
+import jax
 from flax import nnx
 from transformers import CLIPConfig, FlaxCLIPModel
 
@@ -10,8 +11,8 @@ from seed_jax.models.layers import Array, Compute, hold_linen, nest_linen
 from seed_jax.models.tokenizer import l2_normalize
 
 
-class ClipImageEncoder(nnx.Module):
-    """Pictures to features; holds the weights of the whole CLIP, as its files do."""
+class ClipEncoder(nnx.Module):
+    """Pictures and texts to features of one space."""
 
     def __init__(self, config: CLIPConfig, *, compute: Compute, rngs: nnx.Rngs):
         model = FlaxCLIPModel(config, dtype=compute.dtype, _do_init=False)
@@ -29,4 +30,16 @@ class ClipImageEncoder(nnx.Module):
 
         params = {"params": nest_linen(self.params)}
         features_BE: Any = self.linen.apply(params, normalize(images), method=features)
+        return l2_normalize(features_BE)
+
+    def text_features(self, ids_BT: Array, mask_BT: Array) -> Array:
+        """Token ids int32 and mask bool [B, T] to float32 [B, E], L2-normalised."""
+
+        def features(module: Any, ids_BT: Array, mask_BT: Array) -> Array:
+            positions_BT = jax.lax.broadcasted_iota("int32", ids_BT.shape, 1)
+            _, pooled_BD, *_ = module.text_model(ids_BT, mask_BT, positions_BT, return_dict=False)
+            return module.text_projection(pooled_BD)
+
+        params = {"params": nest_linen(self.params)}
+        features_BE: Any = self.linen.apply(params, ids_BT, mask_BT, method=features)
         return l2_normalize(features_BE)

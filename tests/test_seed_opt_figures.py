@@ -2,7 +2,7 @@
 
 import pytest
 
-from seed_jax.seed_opt_results import caption_results, token_f1
+from seed_jax.evaluation.seed_opt import caption_results, token_f1
 
 
 @pytest.mark.parametrize(

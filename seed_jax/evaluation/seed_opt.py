@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from seed_jax import retrieval
+from seed_jax.evaluation import retrieval
 from seed_jax.inference import Embeddings
 from seed_jax.seed_opt import SeedOPT
 
