@@ -122,7 +122,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     writing.add_argument("--length-penalty", type=float, metavar="X", help="of the beam search (1)")
     writing.add_argument(
-        "--temperature", type=float, metavar="X", help="sample; 0 takes the likeliest (drawings: 1)"
+        "--temperature",
+        type=float,
+        metavar="X",
+        help="sample; 0: the likeliest (drawings: 0.5)",
     )
     writing.add_argument(
         "--top-k", type=inference.positive, metavar="N", help="sample among N tokens"

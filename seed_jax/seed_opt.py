@@ -37,7 +37,8 @@ Prompt = Sequence[str | Picture]
 # The paper's captions are of five beams.
 CAPTION = Decoding(max_new=30, beams=5)
 ANSWER = Decoding(max_new=10, beams=5)
-DRAWING = Decoding(temperature=1.0, top_p=0.9)
+# Sampled, since the likeliest codes are much alike; not so widely as text is.
+DRAWING = Decoding(temperature=0.5, top_p=0.9)
 FREE = Decoding(max_new=64)
 
 # Prompts are padded to a multiple of this, so that few shapes are compiled.

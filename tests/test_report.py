@@ -70,8 +70,8 @@ def test_the_summary_has_the_figures_of_both_splits(run):
 
 def test_the_summary_has_what_the_language_model_reads_and_draws(run):
     written = summary_of(run)["seed_opt"]
-    assert 0 <= written["captions"]["shuffled_token_f1"] <= 1
-    assert 0 <= written["captions"]["token_f1"] <= 1
+    assert 0 <= written["captions"]["shuffled_cider"] <= 10
+    assert 0 <= written["captions"]["cider"] <= 10
     assert written["drawings"]["chance_r10"] == summary_of(run)["retrieval"]["style"]["chance_r10"]
     assert 0 <= written["drawings"]["mean"] <= 1
 

@@ -3,18 +3,20 @@
 Shapes in names: P pictures, Q codes of a picture, E contrastive width.
 """
 
-import re
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from pycocoevalcap.cider.cider import Cider
 from tqdm import tqdm
 
 from seed_jax.evaluation import retrieval
+from seed_jax.evaluation.caption_metrics import tokenize_simply
 from seed_jax.inference import Embeddings
 from seed_jax.seed_opt import SeedOPT
+
+SHUFFLES = 10
 
 
 def caption_all(model: SeedOPT, codes_PQ: np.ndarray, *, batch_size: int) -> list[str]:
@@ -38,28 +40,26 @@ def draw_all(model: SeedOPT, texts: Sequence[str], *, batch_size: int) -> np.nda
     return np.concatenate(drawn)
 
 
-def token_f1(text: str, reference: str) -> float:
-    """F1 of the words that two texts have in common, as SQuAD's (arXiv 1606.05250, section 6.1)."""
-    words, wanted = (Counter(re.findall(r"\w+", t.lower())) for t in (text, reference))
-    common = (words & wanted).total()
-    return 2 * common / (words.total() + wanted.total()) if common else 0.0
-
-
 def caption_results(captions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Any]:
     """How well captions fit their own pictures, and how well other pictures': the control.
 
     Args:
-      references: the true captions of each picture; the nearest counts.
+      references: the true captions of each picture.
 
     Returns:
-      'token_f1', and 'shuffled_token_f1', the mean over all pictures that a caption isn't of.
+      'cider', from 0 to 10, and 'shuffled_cider', the mean of `SHUFFLES` ways to take each
+      picture's codes from another picture.
     """
-    f1_PP = np.array([[max(token_f1(c, r) for r in true) for true in references] for c in captions])
-    own, count = float(np.trace(f1_PP)), len(captions)
-    return {
-        "token_f1": own / count,
-        "shuffled_token_f1": float(f1_PP.sum() - own) / (count * (count - 1)),
-    }
+    shifts = np.unique(np.linspace(1, len(captions) - 1, SHUFFLES, dtype=int))
+    shuffled = [cider(np.roll(captions, shift).tolist(), references) for shift in shifts]
+    return {"cider": cider(captions, references), "shuffled_cider": float(np.mean(shuffled))}
+
+
+def cider(captions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """CIDEr-D (arXiv 1411.5726) by pycocoevalcap, words split without Java."""
+    written = tokenize_simply({str(i): [caption] for i, caption in enumerate(captions)})
+    true = tokenize_simply({str(i): own for i, own in enumerate(references)})
+    return float(Cider().compute_score(true, written)[0])
 
 
 def drawing_results(model: SeedOPT, drawn_PQ: np.ndarray, embedded: Embeddings) -> dict[str, Any]:
@@ -72,9 +72,8 @@ def drawing_results(model: SeedOPT, drawn_PQ: np.ndarray, embedded: Embeddings) 
     tokenizer, owner_C = model.tokenizer, embedded.picture_of_caption_C
     causal_PQD = tokenizer.reconstruct_causal(jnp.asarray(drawn_PQ))
     features_PE = np.asarray(tokenizer.image_features(causal_PQD))
-    return retrieval.retrieval(features_PE, embedded.text_CE, owner_C) | {
-        "chance_r10": retrieval.chance_recall(owner_C)
-    }
+    recalls, intervals = retrieval.retrieval(features_PE, embedded.text_CE, owner_C)
+    return {**recalls, "intervals": intervals, "chance_r10": retrieval.chance_recall(owner_C)}
 
 
 def table(results: dict[str, Any]) -> str:
@@ -82,8 +81,8 @@ def table(results: dict[str, Any]) -> str:
     captions, drawings = results["captions"], results["drawings"]
     found = (drawings["i2t"]["r10"] + drawings["t2i"]["r10"]) / 2
     return (
-        f"captions    {captions['token_f1']:.3f} token F1, {captions['shuffled_token_f1']:.3f} for "
-        f"captions of other pictures\n"
+        f"captions    {captions['cider']:.3f} CIDEr, {captions['shuffled_cider']:.3f} for captions "
+        f"of other pictures\n"
         f"drawings    {found:.3f} R@10 from codes to caption and back, by chance "
         f"{drawings['chance_r10']:.3f}"
     )
