@@ -89,6 +89,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     )
     hosts.agree(f"{len(source)} records in {source.path}")
     graphdef, current, shardings, tx = state.create(task, config, mesh)
+    hosts.agree("built")  # as in `compiled_everywhere`
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)
 
     # Weights come from, in this order: 1. this workdir's newest checkpoint; 2. what the task starts
