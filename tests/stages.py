@@ -31,9 +31,7 @@ def make(stage: str, folder: Path, **changes) -> tuple[ConfigDict, Task]:
         config = small(tiny_causal_qformer.get_config(), **changes)
         return config, CausalQFormer(config)
     if stage == "codebook":
-        _, task = make("causal_qformer", folder)
-        task.save(random_weights(lambda: task.build(rngs=nnx.Rngs(0))), folder / "first")
-        config = small(tiny_codebook.get_config(), init=str(folder / "first"), **changes)
+        config = small(tiny_codebook.get_config(), init=save_first(folder), **changes)
         config.model.codebook.size = 64
         config.codebook_health.kmeans_batches = 0  # there are no batches to take them from
         return config, Codebook(config)
@@ -43,7 +41,17 @@ def make(stage: str, folder: Path, **changes) -> tuple[ConfigDict, Task]:
     config.sequences.update(row_length=64, per_row=2)
     config.sequences.picture_to_text_steps = 0
     config.model.dropout = 0.0
+    # As the published recipe has it, or nearer: the tiny one's steps blow up roundings.
+    config.model.lora.update(rank=16, alpha=32.0)
+    config.optimizer.learning_rate = 1e-3
     return config, SeedOPTTraining(config)
+
+
+def save_first(folder: Path) -> str:
+    """Writes what an untrained stage 1 leaves; the name of its folder."""
+    _, task = make("causal_qformer", folder)
+    task.save(random_weights(lambda: task.build(rngs=nnx.Rngs(0))), folder / "first")
+    return str(folder / "first")
 
 
 def start(

@@ -60,7 +60,7 @@ def test_an_overflow_is_skipped_and_a_restored_run_goes_on_bitwise(tmp_path):
 
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
     checkpoints.save(30, current, {})
-    restored, _ = checkpoints.restore(30, current, shardings)
+    restored = checkpoints.restore(current, shardings).state
     checkpoints.close()
     (current, metrics), (restored, again) = (step(s, batches[0]) for s in (current, restored))
     assert same(current, restored)
