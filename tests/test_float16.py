@@ -60,6 +60,8 @@ def test_an_overflow_is_skipped_and_a_restored_run_goes_on_bitwise(tmp_path):
 
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
     checkpoints.save(30, current, {})
+    checkpoints.close()
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
     restored = checkpoints.restore(current, shardings).state
     checkpoints.close()
     (current, metrics), (restored, again) = (step(s, batches[0]) for s in (current, restored))
