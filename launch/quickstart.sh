@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole of SEED on the pictures that come with the package: trains tokenizer and language model,
-# turns the held-out pictures into codes, evaluates, captions, draws. Eight minutes on two quiet CPU cores.
+# turns the held-out pictures into codes, evaluates, captions, draws. Nine minutes on two quiet CPU cores.
 #
 #     bash launch/quickstart.sh [OUT]      results go to OUT (default: out)
 #
