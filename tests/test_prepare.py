@@ -2,9 +2,15 @@
 
 import io
 import json
+import subprocess
+import sys
 import tarfile
+import time
+import zlib
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from seed_jax import prepare
@@ -153,3 +159,142 @@ def test_a_folder_and_its_order(tmp_path):
         (source[i]["id"], source[i]["image"], source[i]["captions"]) for i in range(5)
     ]
     assert [shard["pictures"] for shard in one["shards"].values()] == [2, 2, 1]
+    with pytest.raises(UserError, match=r"was made from another options .*name another --output"):
+        run(folder, tmp_path / "one", "--split", "train")
+    with pytest.raises(UserError, match=r"holds something else already; name another --output"):
+        run(folder, folder)
+
+
+def test_the_other_layouts_of_tars(tmp_path):
+    """Compressed; captions in .json; pictures first and captions after; files that mean nothing."""
+    files = {f"a/{n}.PNG": picture(n) for n in range(2)} | {"._x.png": b"", "a/0.npy": b"1"}
+    files["a/0.json"] = json.dumps({"caption": "zero"}).encode()
+    files["a/1.json"] = json.dumps({"captions": ["one", "eins"]}).encode()
+    write_tar(tmp_path / "in" / "deep" / "x.tar.gz", files, "w:gz")
+    run(tmp_path / "in", tmp_path / "out")
+    assert contents(tmp_path / "out") == [
+        ("deep/x/a/0", picture(0), ["zero"]),
+        ("deep/x/a/1", picture(1), ["one", "eins"]),
+    ]
+
+
+def write_table(file: Path, columns: dict, rows_in_group: int = 2) -> Path:
+    pq.write_table(pa.table(columns), file, row_group_size=rows_in_group)
+    return file
+
+
+def test_parquet(tmp_path):
+    images = [{"bytes": picture(n), "path": f"{n}.png"} for n in range(5)]
+    images[3]["bytes"] = None
+    texts = [[f"cat {n}", " dog"] for n in range(5)]
+    columns = {"image": images, "caption": texts, "split": [*"abaaa"], "id": [7, 8, 9, 10, 7]}
+    (tmp_path / "in").mkdir()
+    write_table(tmp_path / "in" / "x.parquet", columns)
+    report = run(tmp_path / "in", tmp_path / "out", "--shard-size", "2", "--split", "a")
+    assert contents(tmp_path / "out") == [
+        ("x/7", picture(0), ["cat 0", "dog"]),
+        ("x/9", picture(2), ["cat 2", "dog"]),
+    ]
+    # The last row's number was in another row group, which another process may read.
+    reasons = {"x/8": "other split", "x/10": "no picture", "x/7": "duplicate id"}
+    assert dropped(tmp_path / "out") == reasons
+    assert len(report["shards"]) == 2
+
+
+def test_parquet_columns_and_damage(tmp_path):
+    plain = {"jpg": [picture(n) for n in range(3)], "words": ["x", "y", "z"]}
+    table = write_table(tmp_path / "x.parquet", plain)
+    with pytest.raises(UserError, match=r"\(jpg, words\).*name it by --caption-column"):
+        run(table, tmp_path / "out")
+    with pytest.raises(UserError, match=r"no column 'w'; its columns: jpg, words"):
+        run(table, tmp_path / "out", "--caption-column", "w")
+    with pytest.raises(UserError, match=r"column 'words' holds string, not pictures"):
+        run(table, tmp_path / "out", "--caption-column", "words", "--image-column", "words")
+    run(table, tmp_path / "out", "--caption-column", "words")
+    assert [captions for _, _, captions in contents(tmp_path / "out")] == [["x"], ["y"], ["z"]]
+    table.write_bytes(table.read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"x\.parquet.* is damaged after 0 good pictures"):
+        run(table, tmp_path / "damaged", "--caption-column", "words")
+
+
+ADDRESSES = [f"https://example.org/{n}.jpg" for n in range(4)]
+ANNOTATIONS = {
+    "coco.json": {
+        "images": [{"id": n, "file_name": f"{n}.png"} for n in range(4)],
+        "annotations": [{"id": n, "image_id": n, "caption": f"cat {n}"} for n in range(4)],
+    },
+    "list.json": [{"id": n, "image": f"{n}.png", "caption": f"cat {n}"} for n in range(4)],
+    "flickr.token": "".join(f"{n}.png#0\tcat {n}\n" for n in range(4)),
+    "cc3m.tsv": "".join(f"cat {n}\t{ADDRESSES[n]}\n" for n in range(4)),
+    "cc12m.tsv": "".join(f"{ADDRESSES[n]}\tcat {n}\n" for n in range(4)),
+    "named.tsv": "filepath\ttitle\n" + "".join(f"{n}.png\tcat {n}\n" for n in range(4)),
+}
+
+
+@pytest.mark.parametrize("name", ANNOTATIONS)
+def test_annotation_files_and_pictures_that_were_never_downloaded(tmp_path, name):
+    content, file = ANNOTATIONS[name], tmp_path / name
+    file.write_text(content if isinstance(content, str) else json.dumps(content))
+    (tmp_path / "images").mkdir()
+    downloaded = "https://" in str(content)
+    for n in (0, 1, 3):
+        called = str(zlib.crc32(ADDRESSES[n].encode())) if downloaded else f"{n}.png"
+        (tmp_path / "images" / called).write_bytes(picture(n))
+    run(file, tmp_path / "out", "--images", str(tmp_path / "images"))
+    found = contents(tmp_path / "out")
+    assert [one[1:] for one in found] == [(picture(n), [f"cat {n}"]) for n in (0, 1, 3)]
+    assert [int(one[0]) for one in found] == [0, 1, 3]
+    assert {int(name): why for name, why in dropped(tmp_path / "out").items()} == {2: "no picture"}
+
+
+def test_a_killed_run_goes_on_with_the_shards_it_lacks(tmp_path):
+    """In two processes, which must die with the one that was killed, and in this one."""
+    large, tars = picture(0, size=500), tmp_path / "tars"
+    for number in range(20):
+        files = {
+            f"{n}.{suffix}": data
+            for n in range(6)
+            for suffix, data in (("png", large), ("txt", f"cat {number}".encode()))
+        }
+        write_tar(tars / f"{number:02}.tar", files)
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "seed_jax.prepare", "--input", str(tars), "--output", str(out)]
+    command += ["--processes", "2", "--min-size", "8"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not list(out.glob("shard-*")):
+            time.sleep(0.01)
+        process.kill()
+        # Open as long as a process of the run lives.
+        process.communicate(timeout=60)
+    first = {file: file.stat().st_mtime_ns for file in out.glob("shard-*")}
+    assert 0 < len(first) < 20
+    with pytest.raises(UserError, match="prepare has not finished there; run its command again"):
+        open_source(out)
+    again, unbroken = run(tars, out), run(tars, tmp_path / "unbroken")
+    assert {file: file.stat().st_mtime_ns for file in first} == first
+    assert not list(out.glob(".*.partial"))
+    assert contents(out) == contents(tmp_path / "unbroken")
+    assert len(contents(out)) == 120
+    assert again["content_hash"] == unbroken["content_hash"]
+
+
+@pytest.mark.parametrize("change", ["missing", "short", "strange"])
+def test_a_shard_that_is_not_as_it_was_written(tmp_path, change):
+    tars, out = write_tars(tmp_path / "tars", 3), tmp_path / "out"
+    report = run(tars, out)
+    shard = out / "shard-00001.array_record"
+    whole = shard.read_bytes()
+    if change == "missing":
+        shard.unlink()
+        message = r"shard-00001\.array_record is missing \(.*report\.json lists 3 shards\)"
+    elif change == "short":
+        shard.write_bytes(whole[:-1])
+        message = rf"shard-00001.array_record has {len(whole) - 1} bytes where {len(whole)} were"
+    else:
+        (out / "shard-00007.array_record").write_bytes(whole)
+        message = r"shard-00007\.array_record is not in .*report\.json"
+    with pytest.raises(UserError, match=message):
+        open_source(out)
+    assert run(tars, out) == report
+    assert shard.read_bytes() == whole
+    assert len(open_source(out)) == 9

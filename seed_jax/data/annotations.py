@@ -137,7 +137,7 @@ def read_annotations(path: Path) -> tuple[str, str, list[Annotated]]:
     if path.suffix == ".tsv":
         return "tsv", "", list(_table(path))
     content = read_json(path)
-    if isinstance(content, list):
+    if isinstance(content, list) and content:
         said = list(_list(path, content))
         refuse_twice(path, (one.id for one in said), "picture")
         return "list", "", said
