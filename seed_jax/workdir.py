@@ -41,7 +41,7 @@ def held(workdir: Path, config: ConfigDict) -> Iterator[None]:
     wanted = json.dumps(json.loads(config.to_json_best_effort()), indent=2) + "\n"
     with contextlib.ExitStack() as stack:
         if hosts.is_first():
-            stack.enter_context(_locked(workdir))
+            stack.enter_context(locked(workdir))
             _note(workdir / CONFIG, wanted)
         if len(set(hosts.gather(wanted))) > 1:
             raise UserError("the processes of this run were started with different configs")
@@ -58,7 +58,7 @@ def held(workdir: Path, config: ConfigDict) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _locked(workdir: Path) -> Iterator[None]:
+def locked(workdir: Path, option: str = "--workdir") -> Iterator[None]:
     """Holds WORKDIR/run.lock, which the system takes back when this process ends, however."""
     workdir.mkdir(parents=True, exist_ok=True)
     with (workdir / LOCK).open("a+") as file:
@@ -69,7 +69,7 @@ def _locked(workdir: Path) -> Iterator[None]:
                 file.seek(0)
                 raise UserError(
                     f"{workdir} is in use by another run ({file.read().strip()}); wait until it "
-                    "has ended, stop it, or take a new --workdir"
+                    f"has ended, stop it, or take a new {option}"
                 ) from None
             # Some network file systems know no locks.
             print(f"warning: {file.name} can't be locked: {error.strerror}", file=sys.stderr)

@@ -6,11 +6,14 @@
 | nocaps_val_4500_captions.json | NoCaps: the same layout, with a domain a picture |
 | dataset_coco.json, dataset_flickr30k.json | Karpathy's splits of COCO and Flickr30K |
 | results_20130124.token | Flickr30K |
+| Train_GCC-training.tsv, or any .tsv of captions and addresses or paths | CC3M, CC12M |
+| a list of {"image": …, "caption": …} | CC3M and others as BLIP and LLaVA name their pictures |
 
 They name pictures, which lie in a folder beside; see docs/evaluation.md for where both come from.
 """
 
 import json
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -21,7 +24,10 @@ from seed_jax.data.sources import Record
 
 ALLOWED_MISSING = 0.01
 NAMED = 3
-SUFFIXES = (".json", ".token")
+SUFFIXES = (".json", ".token", ".tsv")
+# What a .tsv file's first line may call its columns.
+CAPTION_COLUMNS = ("caption", "title", "text")
+PICTURE_COLUMNS = ("image", "file_name", "filepath", "path", "url", "image_url")
 # What complete files hold: layout, data set and split -> name, pictures.
 BENCHMARKS = {
     ("karpathy", "coco", "test"): ("COCO 5K", 5000),
@@ -60,15 +66,20 @@ class AnnotatedPictures:
 
     def __getitem__(self, index: int) -> Record:
         said, file = self._pictures[index]
-        record: Record = {"id": said.id, "image": file.read_bytes(), "captions": said.captions}
-        if said.split is not None:
-            record["split"] = said.split
-        if said.domain is not None:
-            record["domain"] = said.domain
-        return record
+        return {**without_picture(said), "image": file.read_bytes()}
 
     def name(self, index: int) -> str:
         return str(self._pictures[index][1])
+
+
+def without_picture(said: Annotated) -> Record:
+    """A record that only its picture's bytes are missing from."""
+    record: Record = {"id": said.id, "image": b"", "captions": said.captions}
+    if said.split is not None:
+        record["split"] = said.split
+    if said.domain is not None:
+        record["domain"] = said.domain
+    return record
 
 
 def is_annotation_file(path: str | Path) -> bool:
@@ -96,10 +107,7 @@ def open_annotations(
       UserError: the file is none of these, is cut short, names a picture twice, has captions of
         none or none of a picture; no such split; or too many pictures are missing.
     """
-    if path.suffix == ".token":
-        layout, dataset, said = "token", "flickr30k", list(_flickr(path))
-    else:
-        layout, dataset, said = _parse(path, read_json(path))
+    layout, dataset, said = read_annotations(path)
     if layout == "karpathy":
         split = split or "test"
     if split:
@@ -118,8 +126,21 @@ def open_annotations(
     return AnnotatedPictures(path, pictures, name if len(said) == count else None)
 
 
-def _parse(path: Path, content: Any) -> tuple[str, str, list[Annotated]]:
-    """The layout, the data set, and what the file says."""
+def read_annotations(path: Path) -> tuple[str, str, list[Annotated]]:
+    """The layout of a file, the data set, and what it says of each picture.
+
+    Raises:
+      UserError: the file is none of these, is cut short, or names a picture twice.
+    """
+    if path.suffix == ".token":
+        return "token", "flickr30k", list(_flickr(path))
+    if path.suffix == ".tsv":
+        return "tsv", "", list(_table(path))
+    content = read_json(path)
+    if isinstance(content, list) and content:
+        said = list(_list(path, content))
+        refuse_twice(path, (one.id for one in said), "picture")
+        return "list", "", said
     images = content.get("images") if isinstance(content, dict) else None
     if not isinstance(images, list) or not images:
         raise not_known(path)
@@ -166,6 +187,48 @@ def _coco(
             captions[image["id"]],
             domain=image.get("domain"),
         )
+
+
+def _list(path: Path, entries: list[Any]) -> Iterator[Annotated]:
+    for number, entry in enumerate(entries):
+        try:
+            name = entry.get("image", entry.get("file_name"))
+            captions = entry["caption"]
+            captions = [captions] if isinstance(captions, str) else captions
+            kept = [caption.strip() for caption in captions if caption.strip()]
+            yield Annotated(str(entry.get("id", name)), (name, Path(name).name), kept)
+        except (AttributeError, KeyError, TypeError):
+            raise not_known(path, f'entry {number} has no "image" and "caption"') from None
+
+
+def _table(path: Path) -> Iterator[Annotated]:
+    rows = [line.split("\t") for line in path.read_text(encoding="utf-8").split("\n") if line]
+    if not rows:
+        raise not_known(path, "it is empty")
+    names = [name.strip().lower() for name in rows[0]]
+    caption = next((names.index(name) for name in CAPTION_COLUMNS if name in names), None)
+    picture = next((names.index(name) for name in PICTURE_COLUMNS if name in names), None)
+    if caption is not None and picture is not None:
+        rows = rows[1:]
+    else:
+        # CC3M's files have the caption first, CC12M's the address.
+        picture, caption = (0, 1) if _is_address(rows[0][0]) else (1, 0)
+    for number, row in enumerate(rows):
+        if len(row) <= max(picture, caption):
+            raise UserError(f"{path}: row {number} has {len(row)} columns: {row[0][:40]!r}…")
+        where, text = row[picture].strip(), row[caption].strip()
+        places = _downloaded_as(number, where) if _is_address(where) else (where,)
+        yield Annotated(f"{number:09}", places, [text] if text else [])
+
+
+def _is_address(text: str) -> bool:
+    return text.startswith(("http://", "https://"))
+
+
+def _downloaded_as(number: int, address: str) -> tuple[str, ...]:
+    """What usual download scripts call the picture of a row, counted from 0."""
+    key = zlib.crc32(address.encode())
+    return f"{number:09}.jpg", f"GCC_train_{number:09}.jpg", f"{number}_{key}", str(key)
 
 
 def _flickr(path: Path) -> Iterator[Annotated]:

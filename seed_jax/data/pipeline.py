@@ -20,7 +20,7 @@ import grain
 import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from seed_jax.cli import UserError
 from seed_jax.data import transforms
@@ -86,7 +86,7 @@ class PipelineIterator(Iterator[Batch]):
                 flags.FLAGS.mark_as_parsed()
             dataset = dataset.mp_prefetch(
                 grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=READ_AHEAD),
-                worker_init_fn=_live_and_die_with_parent,
+                worker_init_fn=live_and_die_with_parent,
             )
         return iter(dataset)
 
@@ -193,7 +193,7 @@ def eval_batches(
     return PipelineIterator(batches, workers=workers)
 
 
-def _live_and_die_with_parent(worker: int, workers: int) -> None:
+def live_and_die_with_parent(worker: int = 0, workers: int = 0) -> None:
     """Set-up of a worker process: Ctrl-C is the parent's to act on, and a killed parent ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -237,12 +237,8 @@ class _Pictures:
             record = self.source[index]
             image = transforms.decode(record["image"]) if self._decode else BLANK
             return image, {**record, "image": b""}
-        except UnidentifiedImageError:
-            # PIL's own message holds a memory address.
-            return f"{self.source.name(index)} (not a picture)"
         except Exception as error:
-            what = str(error) or type(error).__name__
-            return f"{self.source.name(index)} ({what.splitlines()[0]})"
+            return f"{self.source.name(index)} ({transforms.why_unreadable(error)})"
 
 
 class _TrainBatches:

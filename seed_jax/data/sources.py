@@ -18,6 +18,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from seed_jax.cli import UserError
+from seed_jax.data import prepared
 
 EMBEDDED = Path(__file__).parents[1] / "assets" / "emoji.array_record"
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"}
@@ -63,7 +64,8 @@ def open_source(path: str | Path, split: str | None = None, *, captions: bool = 
 
     Raises:
       UserError: nothing there, a captions file that can't be understood, a listed picture that
-        is missing, or a picture without caption.
+        is missing, a picture without caption, or a folder that `seed_jax.prepare` has not finished
+        or that lacks one of its shards.
     """
     folder = Path(path)
     if str(path) == "embedded":
@@ -77,7 +79,7 @@ def open_source(path: str | Path, split: str | None = None, *, captions: bool = 
         if folder.suffix != ".array_record":
             raise UserError(f"{path}: neither a folder nor an .array_record file")
         return ArrayRecordSource([folder], split)
-    shards = sorted(folder.glob("*.array_record"))
+    shards = prepared.shards(folder) or sorted(folder.glob("*.array_record"))
     if shards:
         return ArrayRecordSource(shards, split, path=str(path))
     return FolderSource(folder, split, captions=captions)
@@ -99,7 +101,7 @@ class ArrayRecordSource:
         except RuntimeError:
             # The reader doesn't say which file it means.
             for file in files:
-                _count_rows(file)
+                count_rows(file)
             raise
         if not len(self._rows):
             raise UserError(f"{self.path}: no records in it")
@@ -133,13 +135,14 @@ class ArrayRecordSource:
         except Exception:
             row = self._row(index)
             for file in self._files:
-                if row < (rows := _count_rows(file)):
+                if row < (rows := count_rows(file)):
                     return f"{file}, record {row}"
                 row -= rows
             raise
 
 
-def _count_rows(file: Path) -> int:
+def count_rows(file: Path) -> int:
+    """Records in a file; raises a UserError if it is no whole ArrayRecord file."""
     try:
         return len(grain.sources.ArrayRecordDataSource(str(file)))
     except RuntimeError as error:
@@ -211,16 +214,22 @@ class FolderSource:
         return len(self._names)
 
     def __getitem__(self, index: int) -> Record:
+        record, file = self.without_picture(index)
+        record["image"] = file.read_bytes()
+        return record
+
+    def without_picture(self, index: int) -> tuple[Record, Path]:
+        """A record that only its picture's bytes are missing from, and the file that has them."""
         notes = self._notes[index]
         record: Record = {
             "id": self._names[index],
-            "image": (self._folder / self._names[index]).read_bytes(),
+            "image": b"",
             "captions": notes.captions,
             "tags": notes.tags,
         }
         if notes.split is not None:
             record["split"] = notes.split
-        return record
+        return record, self._folder / self._names[index]
 
     def name(self, index: int) -> str:
         return self._names[index]

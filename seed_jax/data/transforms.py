@@ -7,7 +7,7 @@ from random import Random
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -30,6 +30,14 @@ def decode(data: bytes) -> Image.Image:
     image = image.convert("RGB")
     image.load()
     return image
+
+
+def why_unreadable(error: Exception) -> str:
+    """In a few words, what `decode` met."""
+    if isinstance(error, UnidentifiedImageError):
+        # PIL's own message holds a memory address.
+        return "not a picture"
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def resize(image: Image.Image, size: int) -> np.ndarray:

@@ -1,0 +1,155 @@
+"""Pictures from shards to batches on the host, beside PyTorch's: `python -m benchmarks.data`.
+
+Makes JPEGs of COCO's usual size in tars, prepares shards from them, and reads both in turns: the
+shards by the training pipeline, the tars by webdataset and torch's DataLoader. Both decode by PIL,
+crop, resize and mirror by the same function, and give uint8 [B, S, S, 3].
+"""
+
+import argparse
+import io
+import itertools
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from random import Random
+from statistics import median
+
+import numpy as np
+import torch
+import webdataset
+from ml_collections import ConfigDict
+from PIL import Image
+
+from seed_jax import prepare
+from seed_jax.data import pipeline, transforms
+from seed_jax.data.sources import open_source
+
+SIDES = (640, 480)
+CROP, FLIP = (0.5, 1.0), True
+
+
+def write_tars(folder: Path, tars: int, pictures: int) -> list[str]:
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    files = [folder / f"{number:05}.tar" for number in range(tars)]
+    for file in files:
+        with tarfile.open(file, "w") as tar:
+            for number in range(pictures):
+                # Coarse colours under noise: about the 100 kB of a photograph of this size.
+                coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8))
+                pixels = np.asarray(coarse.resize(SIDES, Image.Resampling.BICUBIC), np.int16)
+                noisy = pixels + rng.integers(-12, 13, pixels.shape, dtype=np.int16)
+                data = io.BytesIO()
+                Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(data, "JPEG")
+                key = f"{file.stem}{number:04}"
+                for suffix, content in (("jpg", data.getvalue()), ("txt", b"a picture")):
+                    member = tarfile.TarInfo(f"{key}.{suffix}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    return [str(file) for file in files]
+
+
+def ours(shards: Path, args: argparse.Namespace) -> Iterator[np.ndarray]:
+    data = ConfigDict(
+        {
+            "cache": False,
+            "workers": args.workers,
+            "max_tags": 0,
+            "drop_caption": 0.0,
+            "crop_scale": CROP,
+            "flip": FLIP,
+            "max_unreadable": 0.0,
+        }
+    )
+    batches = pipeline.train_pipeline(
+        open_source(shards),
+        batch_size=args.batch_size,
+        image_size=args.size,
+        texts={},
+        data=data,
+        seed=0,
+    )
+    try:
+        for batch in batches:
+            yield batch["image"]
+    finally:
+        batches.close()
+
+
+class View:
+    """A sample of webdataset's as a random view."""
+
+    def __init__(self, size: int):
+        self._size = size
+        self._rng = Random(0)
+
+    def __call__(self, sample: dict) -> np.ndarray:
+        image = transforms.decode(sample["jpg"])
+        return transforms.random_view(image, self._size, self._rng, scale=CROP, flip=FLIP)
+
+
+def theirs(tars: list[str], args: argparse.Namespace) -> Iterator[np.ndarray]:
+    pictures = webdataset.WebDataset(tars, shardshuffle=False, resampled=True)
+    pictures = pictures.shuffle(args.batch_size)
+    pictures = pictures.map(View(args.size)).batched(args.batch_size, collation_fn=np.stack)
+    loader = torch.utils.data.DataLoader(
+        pictures,
+        batch_size=None,
+        num_workers=args.workers,
+        prefetch_factor=pipeline.READ_AHEAD if args.workers else None,
+    )
+    for batch in loader:
+        yield np.asarray(batch)
+
+
+def measure(start: Callable[[], Iterator[np.ndarray]], args: argparse.Namespace) -> tuple:
+    """Pictures a second of the clock, and of this process's processors."""
+    batches = start()
+    shape = (args.batch_size, args.size, args.size, 3)
+    assert next(batches).shape == shape
+    clock, processor = time.perf_counter(), time.process_time()
+    count = sum(len(batch) for batch in itertools.islice(batches, args.batches))
+    clock, processor = time.perf_counter() - clock, time.process_time() - processor
+    batches.close()
+    return count / clock, count / processor
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tars", type=int, default=4)
+    parser.add_argument("--pictures", type=int, default=250, help="in a tar (250)")
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--batches", type=int, default=40, help="in a round (40)")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=0, help="processes that read (0: threads)")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        tars = write_tars(Path(folder) / "tars", args.tars, args.pictures)
+        shards = Path(folder) / "shards"
+        prepare.main(["--input", str(Path(folder) / "tars"), "--output", str(shards)])
+        loaders = {
+            "seed_jax, shards": lambda: ours(shards, args),
+            "torch, webdataset": lambda: theirs(tars, args),
+        }
+        speeds = {name: [] for name in loaders}
+        for _ in range(args.rounds):
+            for name, start in loaders.items():
+                speeds[name].append(measure(start, args))
+    middle = {
+        name: [median(one) for one in zip(*each, strict=True)] for name, each in speeds.items()
+    }
+    for name, (clock, processor) in middle.items():
+        # Worker processes' time is not this one's.
+        of_core = "" if args.workers else f", {processor:.0f} a second of a core"
+        print(f"{name}: {clock:.0f} pictures/s{of_core}")
+    ours_, theirs_ = middle.values()
+    number = 0 if args.workers else 1
+    what = "pictures/s" if args.workers else "pictures a second of a core"
+    print(f"{what}, ours to theirs: {ours_[number] / theirs_[number]:.2f}")
+
+
+if __name__ == "__main__":
+    main()
