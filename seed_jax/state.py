@@ -52,19 +52,25 @@ def create(
     Returns:
       The graph definition, the state, its shardings (a state of `NamedSharding`s), the optimizer.
     """
+    graphdef, init, tx = lazily(task, config)
+    shardings = sharding.tree_shardings(jax.eval_shape(init), mesh)
+    state = jax.jit(init, out_shardings=shardings)()
+    return graphdef, state, shardings, tx
+
+
+def lazily(
+    task: Task, config: ConfigDict
+) -> tuple[nnx.GraphDef, Callable[[], TrainState], optax.GradientTransformation]:
+    """The graph definition, what makes the first state or its shapes, and the optimizer."""
     tx = optim.make_optimizer(config.optimizer, config.steps)
 
     def build() -> nnx.Module:
         return task.build(rngs=nnx.Rngs(config.seed))
 
-    graphdef = nnx.graphdef(nnx.eval_shape(build))
-
     def init() -> TrainState:
         return initial(task, config, tx, build())
 
-    shardings = sharding.tree_shardings(jax.eval_shape(init), mesh)
-    state = jax.jit(init, out_shardings=shardings)()
-    return graphdef, state, shardings, tx
+    return nnx.graphdef(nnx.eval_shape(build)), init, tx
 
 
 def initial(

@@ -269,29 +269,31 @@ class StopSignal:
         return self.number > 0
 
 
+USAGE = "python -m seed_jax.train --config configs/NAME.py --workdir DIR [--config.key=value ...]"
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A recipe, such as configs/tiny_codebook.py"
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and the model go.")
 
 
-def parse_flags(argv: list[str]) -> list[str]:
+def parse_flags(argv: list[str], *, needed: str = "workdir", usage: str = USAGE) -> list[str]:
     """absl's flag parser with the config's mistakes told in one line.
+
+    Args:
+      needed: a flag that has to be given beside --config.
+      usage: the command line, told where either lacks.
 
     Raises:
       UserError: an unknown flag or config key, a value of the wrong type, no such config file.
     """
     try:
         rest = flags.FLAGS(argv)
-        if _CONFIG.value is not None and _WORKDIR.value and not rest[1:]:
+        if _CONFIG.value is not None and flags.FLAGS[needed].value and not rest[1:]:
             # A file that could not be loaded raises its error here, at the first use.
             _CONFIG.value.lock()
             return rest
     except (flags.Error, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise_once(" ".join(str(error).replace("\\n", " ").split()))
-    usage = (
-        "python -m seed_jax.train --config configs/NAME.py --workdir DIR [--config.key=value ...]"
-    )
     raise_once(f"usage: {usage}; --help says more")
 
 

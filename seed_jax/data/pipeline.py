@@ -149,6 +149,21 @@ def train_pipeline(
     return PipelineIterator(batches, workers=data.workers)
 
 
+def train_shapes(
+    *, batch_size: int, image_size: int, texts: Mapping[str, CaptionField]
+) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Shapes and dtypes of a batch of `train_pipeline`, by name, without any data."""
+    record: Record = {"id": "", "image": b"", "captions": [""]}
+    drawn = [DrawnCaption("", record, Random(0))] * batch_size
+    batch: Batch = {"index": np.zeros(batch_size, np.int32)}
+    for name, text in texts.items():
+        batch |= text.training_rows(name, drawn, 0)
+    shapes = {name: (array.shape, array.dtype) for name, array in batch.items()}
+    if image_size:
+        shapes["image"] = ((batch_size, image_size, image_size, 3), np.dtype(np.uint8))
+    return shapes
+
+
 def state_of_host(states: Sequence[Mapping[str, Any]], index: int, count: int) -> dict[str, Any]:
     """What host `index` of `count` goes on from, given the states of the hosts there were.
 

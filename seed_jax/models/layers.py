@@ -7,9 +7,11 @@ mesh axes. A stacked parameter has the layer dim in front of the dims that `axes
 `exact` metadata is true stay float32 where frozen weights are stored in the compute type.
 """
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any, Literal, TypeVar
 
 import jax
@@ -24,6 +26,8 @@ S = TypeVar("S")
 
 # So many vectors, of as many sequences, are few; see `times_rows`.
 FEW_VECTORS = 16
+
+_target: ContextVar[str] = ContextVar("target", default="")
 
 # What the forward pass of a layer keeps for the backward pass; the rest is computed again.
 REMAT = {
@@ -48,6 +52,21 @@ class Compute:
     dtype: Any = jnp.float32
     remat: str = "none"
     unroll: bool = False
+
+
+@contextlib.contextmanager
+def compiling_for(platform: str) -> Iterator[None]:
+    """Traces for 'cpu', 'gpu' or 'tpu', whatever this machine has."""
+    token = _target.set(platform)
+    try:
+        yield
+    finally:
+        _target.reset(token)
+
+
+def platform() -> str:
+    """What is traced for: 'cpu', 'gpu' or 'tpu'."""
+    return _target.get() or jax.default_backend()
 
 
 def dense(
@@ -106,7 +125,7 @@ class RowLinear(nnx.Module):
 def times_rows(x: Array, table_OI: Array, *, preferred_element_type: Any = None) -> Array:
     """Products with the rows of a table, [..., I] -> [..., O]."""
     vectors = math.prod(x.shape[:-1])
-    if 1 < vectors <= FEW_VECTORS and jax.default_backend() == "cpu":
+    if 1 < vectors <= FEW_VECTORS and platform() == "cpu":
         # XLA's CPU backend is up to twice as fast with the table on the left. The barriers keep
         # it from putting the sides back.
         x_IM = jax.lax.optimization_barrier(x.reshape(vectors, -1).T)
@@ -171,7 +190,7 @@ def attention(
         probs_BNTS = dropout(jax.nn.softmax(scores_BNTS), dropout_rate, key)
         return jnp.einsum("BNTS,BSNH->BTNH", probs_BNTS.astype(v_BSNH.dtype), v_BSNH)
     dtype = q_BTNH.dtype
-    if dtype == jnp.float16 and jax.default_backend() == "cpu":
+    if dtype == jnp.float16 and platform() == "cpu":
         # XLA's CPU backend lacks the float16 product with float32 sums that is asked for below.
         q_BTNH, k_BSNH, v_BSNH = (a.astype(jnp.float32) for a in (q_BTNH, k_BSNH, v_BSNH))
     implementation: Literal["cudnn", "xla"] = (

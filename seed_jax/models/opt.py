@@ -130,7 +130,7 @@ def causal_mask(segments_BT: Array) -> Array:
 def logits(x_BTE: Array, table_VE: Array) -> Array:
     """Products with the rows of a table, float32 [B, T, V], in the precision of `x_BTE`."""
     table_VE = table_VE.astype(x_BTE.dtype)
-    if x_BTE.dtype == jnp.float16 and jax.default_backend() == "cpu":
+    if x_BTE.dtype == jnp.float16 and layers.platform() == "cpu":
         # XLA's CPU backend lacks the float16 product with float32 sums that is asked for below.
         x_BTE, table_VE = x_BTE.astype(jnp.float32), table_VE.astype(jnp.float32)
     logits_BTV = layers.times_rows(x_BTE, table_VE, preferred_element_type=jnp.float32)

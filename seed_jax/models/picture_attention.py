@@ -7,7 +7,7 @@ chunk.
 import jax
 import jax.numpy as jnp
 
-from seed_jax.models.layers import Array, attention
+from seed_jax.models.layers import Array, attention, platform
 
 # Queries at a time on a CPU: their scores with all keys should fit in its caches.
 CHUNK = 512
@@ -22,7 +22,7 @@ def picture_attention(q_BTNH: Array, k_BSNH: Array, v_BSNH: Array) -> Array:
     """
     batch, count, heads, head_dim = q_BTNH.shape
     keys = k_BSNH.shape[1]
-    if jax.default_backend() != "cpu" or count % CHUNK or keys < CHUNK:
+    if platform() != "cpu" or count % CHUNK or keys < CHUNK:
         return attention(q_BTNH, k_BSNH, v_BSNH)
 
     def split(y_BSNH: Array, rows: int) -> Array:

@@ -1,0 +1,228 @@
+"""Whether a config fits a cluster and what it costs there, before anything is booked.
+
+    python -m seed_jax.plan --config configs/NAME.py --target v100-32gb --devices 64
+
+Compiles the real training step for described devices: no weights, no data, no cluster. Directories
+of earlier stages that aren't there are stood in for by their sizes. Needs an environment made of
+requirements-plan.txt; in another one it compiles for this machine's processor, and says so.
+"""
+
+import dataclasses
+import math
+import tempfile
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+from absl import app, flags
+from jax.sharding import Mesh
+from ml_collections import ConfigDict, config_flags
+
+from seed_jax import cli, sharding, state
+from seed_jax.cli import UserError
+from seed_jax.data import pipeline
+from seed_jax.models import layers
+from seed_jax.planning import cost, stand_ins, targets
+from seed_jax.planning.cost import Collective, Efficiency, Work
+from seed_jax.planning.targets import TARGETS, GiB, Target, Topology
+from seed_jax.train import TASKS, check_batch, parse_flags
+
+# Of a device's memory; the rest is for the driver, NCCL's and cuBLAS's buffers and gaps.
+USABLE = 0.9
+DAY = 24 * 3600.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What one device holds and does in a step; sizes in bytes.
+
+    Attributes:
+      params: parameters and variables, frozen ones included.
+      optimizer: its state.
+      trained: the part of `params` that trains.
+      temporaries: activations, gradients, and all else that a step needs for a while.
+    """
+
+    params: int
+    trained: int
+    optimizer: int
+    batch: int
+    temporaries: int
+    work: Work
+    sent: list[Collective]
+
+    @property
+    def total(self) -> int:
+        return self.params + self.optimizer + self.batch + self.temporaries
+
+
+def make(config: ConfigDict, topology: Topology) -> Plan:
+    """Compiles the step of a config whose directories are all there, if by stand-ins.
+
+    Raises:
+      UserError: the config doesn't work, or not on so many devices.
+    """
+    mesh = sharding.make_mesh(config.mesh.to_dict(), topology.devices)
+    per_row = config.get("sequences", {}).get("per_row", 1)
+    check_batch(config.batch_size, mesh, per_row=per_row, accumulate=config.accumulate)
+    with layers.compiling_for(topology.platform):
+        step, current, batch = abstract_step(config, mesh)
+        compiled = step.lower(current, batch).compile(compiler_options=topology.options())
+        shards = mesh.shape["data"] * mesh.shape["fsdp"]
+        # The work of one device: that of its rows of the batch, of which `tensor` has a share.
+        alone = sharding.make_mesh({}, jax.devices("cpu")[:1])
+        part = config.copy_and_resolve_references().unlock()
+        part.batch_size = config.batch_size // shards
+        step, small, rows = abstract_step(part, alone)
+        counted = cost.work(step.trace(small, rows).jaxpr.jaxpr).times(1 / mesh.shape["tensor"])
+    memory, hlo = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None
+    assert hlo is not None
+    extra = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return Plan(
+        params=held(current.params) + held(current.rest),
+        trained=held(current.params),
+        optimizer=held(current.opt_state),
+        batch=held(batch),
+        temporaries=memory.temp_size_in_bytes + max(extra, 0),
+        work=counted,
+        sent=cost.collectives(hlo, mesh.size),
+    )
+
+
+def abstract_step(config: ConfigDict, mesh: Mesh) -> tuple[jax.stages.Wrapped, Any, Any]:
+    """The training step, and the shapes and shardings of the state and the batch it takes."""
+    task = TASKS[config.task](config)
+    graphdef, init, tx = state.lazily(task, config)
+    shapes = jax.eval_shape(init)
+    shardings = sharding.tree_shardings(shapes, mesh)
+    current = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    )
+    split = sharding.batch_sharding(mesh)
+    batch = {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=split)
+        for name, (shape, dtype) in pipeline.train_shapes(
+            batch_size=config.batch_size, image_size=config.image_size, texts=task.text_fields()
+        ).items()
+    }
+    step = state.make_train_step(task, graphdef, tx, config, shardings)
+    return cast(jax.stages.Wrapped, step), current, batch
+
+
+def held(tree: Any) -> int:
+    """Bytes of a tree of shapes with shardings on one device."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    )
+
+
+def smaller(config: ConfigDict, plan: Plan, usable: float) -> list[dict[str, Any]]:
+    """Changes that need less memory, the smallest first."""
+    remat = {} if config.remat == "full" else {"remat": "full"}
+    changes: list[dict[str, Any]] = [remat] if remat else []
+    if plan.params + plan.optimizer < usable:
+        changes += [{**remat, "accumulate": config.accumulate * n} for n in (2, 4, 8, 16)]
+    return changes + [{**remat, "mesh.fsdp": n} for n in (2, 4, 8) if n > config.mesh.fsdp]
+
+
+def suggest(config: ConfigDict, topology: Topology, plan: Plan, usable: float) -> str:
+    """The first of the changes with which the config fits, as flags."""
+    for change in smaller(config, plan, usable):
+        changed = config.copy_and_resolve_references().unlock()
+        changed.update_from_flattened_dict(change)
+        try:
+            if make(changed, topology).total <= usable:
+                given = " ".join(f"--config.{key}={value}" for key, value in change.items())
+                return f"it fits with {given}"
+        except UserError:
+            continue  # the batch or the devices can't be split so often
+    return (
+        "neither remat, accumulate up to 16 times nor fsdp up to 8 makes it fit; take more devices"
+    )
+
+
+def report(config: ConfigDict, plan: Plan, target: Target, devices: int, share: Efficiency) -> str:
+    """The plan in words."""
+    peak, used = target.peak[config.precision], plan.work.flops
+    time = cost.roofline(plan.work, plan.trained + plan.optimizer, plan.sent, target, peak, share)
+    sent, run = sum(c.sent() for c in plan.sent), time.step * config.steps
+    lines = [
+        "memory of a device, GiB",
+        f"  parameters {plan.params / GiB:.2f} (trained {plan.trained / GiB:.2f}), "
+        f"optimizer {plan.optimizer / GiB:.2f}, batch {plan.batch / GiB:.2f}, "
+        f"activations and temporaries {plan.temporaries / GiB:.2f}",
+        f"  together {plan.total / GiB:.2f} of {target.memory / GiB:.0f}: "
+        + ("fits" if plan.total <= USABLE * target.memory else "DOES NOT FIT"),
+        "a step",
+        f"  {used * devices / 1e15:.3g} PFLOP, {used / 1e12:.3g} TFLOP a device",
+        f"  {sent / 1e6:.4g} MB sent by a device, in {sum(c.times for c in plan.sent)} collectives",
+        f"  {time.step:.3g} s: compute {time.compute:.3g}, memory {time.memory:.3g}, "
+        f"network {time.network:.3g}",
+        f"the run: {config.steps} steps of {config.batch_size}, {run / DAY:.3g} days "
+        f"= {run / 3600:.3g} hours",
+        "assumed",
+        f"  {share.compute:.0%} of {peak / 1e12:.4g} TFLOP/s ({config.precision}); "
+        f"{share.memory:.0%} of {target.bandwidth / 1e9:.0f} GB/s of memory, through which "
+        "operands and results of each product go, and as much again between them",
+        f"  {share.network:.0%} of {target.link / 1e9:.0f} GB/s from device to device"
+        + (
+            f" and {target.host_network / 1e9:g} GB/s from host to host of {target.domain}"
+            if target.host_network
+            else ""
+        )
+        + "; ring algorithms, and nothing sent while computing",
+        f"  {USABLE:.0%} of the memory is usable (set XLA_PYTHON_CLIENT_MEM_FRACTION to it); data "
+        "come as fast as they are used; no time for checkpoints or restarts; attention without "
+        "cuDNN's fused kernels",
+    ]
+    return "\n".join(lines)
+
+
+USAGE = (
+    "python -m seed_jax.plan --config configs/NAME.py --target v100-32gb --devices 64 "
+    "[--config.key=value ...]"
+)
+_TARGET = flags.DEFINE_enum("target", "v100-32gb", list(TARGETS), "The kind of device.")
+_DEVICES = flags.DEFINE_integer("devices", 64, "How many of them.", lower_bound=1)
+_EFFICIENCY = flags.DEFINE_float(
+    "efficiency", Efficiency.compute, "Share of the peak FLOP/s to count on.", 0.01, 1.0
+)
+
+
+def main(_: list[str]) -> None:
+    config: ConfigDict = flags.FLAGS.config.copy_and_resolve_references().unlock()
+    target, devices = TARGETS[_TARGET.value], _DEVICES.value
+    if config.task not in TASKS:
+        raise UserError(f"config.task is {config.task!r}; the stages are {', '.join(TASKS)}")
+    if config.precision not in target.peak:
+        raise UserError(
+            f"{_TARGET.value} does not compute in {config.precision}; take "
+            f"--config.precision={next(iter(target.peak))}"
+        )
+    topology = targets.topology(target, devices)
+    recipe = Path(config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0])
+    with tempfile.TemporaryDirectory() as folder:
+        said = stand_ins.stand_in(config, recipe, Path(folder))
+        print(f"{recipe} on {devices} x {_TARGET.value}, mesh {config.mesh.to_dict()}")
+        print("\n".join(f"  {line}" for line in said))
+        if topology.missing:
+            print(
+                f"  compiled for {devices} processors in their place, since {topology.missing} is "
+                "not installed (requirements-plan.txt): memory and collectives are a rough guide"
+            )
+        plan = make(config, topology)
+        share = Efficiency(compute=_EFFICIENCY.value)
+        print(report(config, plan, target, devices, share))
+        usable = USABLE * target.memory
+        if plan.total > usable:
+            print("looking for what makes it fit")
+            print(suggest(config, topology, plan, usable))
+
+
+if __name__ == "__main__":
+    cli.run(
+        lambda: app.run(
+            main, flags_parser=lambda argv: parse_flags(argv, needed="target", usage=USAGE)
+        )
+    )

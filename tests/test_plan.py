@@ -1,0 +1,184 @@
+"""Plans: what is counted, by numbers worked out by hand, and a tiny config from end to end."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from configs import causal_qformer, codebook, seed_opt, tiny_causal_qformer
+from seed_jax import plan
+from seed_jax.cli import UserError
+from seed_jax.data import pipeline, sources
+from seed_jax.planning import cost, stand_ins, targets
+from seed_jax.planning.cost import Efficiency, Work
+from seed_jax.planning.targets import TARGETS, Target, Topology
+from seed_jax.train import TASKS
+from tests.test_train import small
+
+# Two hosts of four devices: 1 GB/s between devices, 0.1 GB/s between hosts.
+MACHINE = Target(
+    peak={"float32": 1e12}, memory=1 << 30, bandwidth=1e10, link=1e9, domain=4, host_network=1e8
+)
+
+HLO = """\
+HloModule jit_train_step, num_partitions=8
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[] parameter(0)
+  %y = f32[] parameter(1)
+  ROOT %sum = f32[] add(%x, %y)
+}
+
+%body (p: (s32[], f16[4,8])) -> (s32[], f16[4,8]) {
+  %p = (s32[], f16[4,8]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %h = f16[4,8]{1,0} get-tuple-element(%p), index=1
+  %r = f16[4,8]{1,0} all-reduce(%h), replica_groups=[4,2]<=[2,4]T(1,0), to_apply=%add
+  ROOT %t = (s32[], f16[4,8]{1,0}) tuple(%i, %r)
+}
+
+ENTRY %main (a: f32[100], b: f16[4,8]) -> f32[100] {
+  %a = f32[100]{0} parameter(0)
+  %b = f16[4,8]{1,0} parameter(1)
+  %start = (f32[100]{0}, f32[400]{0}) all-gather-start(%a), replica_groups={{0,1,2,3},{4,5,6,7}}
+  %done = f32[400]{0} all-gather-done(%start)
+  %alone = f32[100]{0} all-reduce(%a), replica_groups=[8,1]<=[8], to_apply=%add
+  %s = (s32[], f16[4,8]{1,0}) tuple(%zero, %b)
+  %loop = (s32[], f16[4,8]{1,0}) while(%s), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  %both = f32[50]{0} reduce-scatter(%a), replica_groups={}, to_apply=%add
+  ROOT %next = f32[100]{0} collective-permute(%a), source_target_pairs={{0,1},{1,0}}
+}
+"""  # noqa: E501
+
+
+def test_collectives_of_a_program():
+    gather, loop, scatter, permute = sorted(
+        cost.collectives(HLO, 8), key=lambda c: ("gath", "all-r", "redu", "coll").index(key(c))
+    )
+    assert gather.groups.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert gather.sent() == 400 * 3
+    assert loop.groups.tolist() == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    assert loop.times == 3
+    assert loop.sent() == 3 * 64 * 2 * 1 / 2
+    assert scatter.sent() == 400 * 7 / 8
+    assert permute.sent() == 400
+    # Within a host by links; of four pairs across hosts, each has a quarter of the network.
+    assert gather.seconds(MACHINE) == pytest.approx(1200 / 1e9)
+    assert loop.seconds(MACHINE) == pytest.approx(192 * 4 / 1e8)
+    # One ring through both hosts has it for itself.
+    assert scatter.seconds(MACHINE) == pytest.approx(350 / 1e8)
+
+
+def key(collective: cost.Collective) -> str:
+    return {"all-gather": "gath", "all-reduce": "all-r", "reduce-scatter": "redu"}.get(
+        collective.kind, "coll"
+    )
+
+
+def test_roofline():
+    share = Efficiency(compute=0.5, memory=0.5, network=0.5)
+    sent = [cost.Collective("all-reduce", 1e6, np.arange(4)[None], 2)]
+    time = cost.roofline(Work(2e12, 1e9), 5e8, sent, MACHINE, 1e12, share)
+    assert time.compute == pytest.approx(4)  # 2e12 / 0.5e12
+    assert time.memory == pytest.approx(0.6)  # (2 * 1e9 + 2 * 5e8) / 5e9
+    assert time.network == pytest.approx(0.006)  # 1e6 * 2 * 2 * 3 / 4 / 0.5e9
+    assert time.step == pytest.approx(4.006)
+    slow = cost.roofline(Work(2e12, 1e11), 0, [], MACHINE, 1e12, share)
+    assert slow.step == slow.memory == pytest.approx(40)
+
+
+def test_work_counts_loops_branches_and_convolutions():
+    def program(w, x, image, kernel):
+        def layer(x, _):
+            return jax.checkpoint(lambda x: jnp.tanh(x @ w))(x), None
+
+        x, _ = jax.lax.scan(layer, x, length=5)
+        x = jax.lax.cond(x.sum() > 0, lambda x: x @ w @ w, lambda x: x, x)
+        return x, jax.lax.conv(image, kernel, (1, 1), "VALID")
+
+    shapes = [(4, 4), (3, 4), (2, 3, 8, 8), (7, 3, 3, 3)]
+    jaxpr = jax.make_jaxpr(program)(*(jnp.zeros(shape) for shape in shapes))
+    product, convolution = 2 * 3 * 4 * 4, 2 * (2 * 7 * 6 * 6) * (3 * 3 * 3)
+    counted = cost.work(jaxpr.jaxpr)
+    assert counted.flops == 7 * product + convolution
+    read = 4 * (3 * 4 + 4 * 4 + 3 * 4)
+    assert counted.traffic == 7 * read + 4 * (2 * 3 * 64 + 7 * 27 + 2 * 7 * 36)
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory):
+    config = small(tiny_causal_qformer.get_config(), train_vit=False).unlock()
+    stand_ins.stand_in(
+        config, stand_ins.CONFIGS / "tiny_causal_qformer.py", tmp_path_factory.mktemp("stand_ins")
+    )
+    topology = Topology(jax.devices(), "cpu")
+    return config, topology, plan.make(config, topology)
+
+
+def test_a_tiny_config(planned):
+    config, _, made = planned
+    model = nnx.eval_shape(lambda: TASKS[config.task](config).build(rngs=nnx.Rngs(0)))
+    sizes = {path: value.size * 4 for path, value in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    trained = sum(size for path, size in sizes.items() if path[0] != "vit")
+    assert made.params == sum(sizes.values())
+    assert made.trained == trained
+    assert made.optimizer == pytest.approx(2 * trained, rel=1e-3)  # Adam's moments, and counters
+    assert made.batch == 2 * (32 * 32 * 3 + 4 + 32 * 4 + 32)  # picture, index, text and its mask
+    # On a mesh of data alone: the gradients of what trains, and those of the attention, which both
+    # towers use, perhaps apart; and the features that each row is compared with.
+    reduced = sum(c.sent() for c in made.sent if c.kind == "all-reduce")
+    shared = sum(size for path, size in sizes.items() if "attention" in path and path[0] != "vit")
+    features = 2 * 16 * 128 * 4
+    assert 2 * 7 / 8 * trained <= reduced <= 2 * 7 / 8 * (trained + shared + features)
+
+
+def test_what_makes_it_fit_is_tried_smallest_first(planned):
+    config, _, made = planned
+    tight = made.params + made.optimizer + 1
+    assert plan.smaller(config, made, tight)[:2] == [
+        {"remat": "full"},
+        {"remat": "full", "accumulate": 2},
+    ]
+    config = config.copy_and_resolve_references()
+    config.remat = "full"
+    changed = [list(change) for change in plan.smaller(config, made, tight)]
+    assert changed == 4 * [["accumulate"]] + 3 * [["mesh.fsdp"]]
+    # Microbatches don't help where the state alone is too large.
+    assert plan.smaller(config, made, tight - 2)[0] == {"mesh.fsdp": 2}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "wanted"),
+    [
+        (causal_qformer, {"sizes.vit.width": 1408}),
+        (codebook, {"sizes.encoder.vit.depth": 39, "teacher_config.hidden_size": 768}),
+        (seed_opt, {"tokenizer_sizes.codebook.size": 8192, "sizes.opt.width": 2560}),
+    ],
+)
+def test_stand_ins_of_the_papers_configs(recipe, wanted, tmp_path):
+    config = recipe.get_config().unlock()
+    said = stand_ins.stand_in(config, stand_ins.CONFIGS / f"{config.task}.py", tmp_path)
+    assert said
+    task = TASKS[config.task](config)
+    for path, value in wanted.items():
+        found = task
+        for name in path.split("."):
+            found = getattr(found, name)
+        assert found == value
+
+
+def test_shapes_are_those_of_the_pipeline():
+    config = small(tiny_causal_qformer.get_config())
+    texts = TASKS[config.task](config).text_fields()
+    sizes = {"batch_size": 16, "image_size": 32, "texts": texts}
+    source = sources.open_source("embedded", "train")
+    data = pipeline.train_pipeline(source, data=config.data, seed=0, **sizes)
+    batch = {name: (array.shape, array.dtype) for name, array in next(data).items()}
+    data.close()
+    assert pipeline.train_shapes(**sizes) == batch
+
+
+def test_devices_that_hosts_do_not_come_in():
+    with pytest.raises(UserError, match="--devices=12: hosts have 8"):
+        targets.topology(TARGETS["v100-16gb"], 12)
