@@ -1,11 +1,11 @@
 """What every command line shares: a user's mistake costs one line, not a traceback."""
 
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from absl import logging
+from transformers.utils import logging as transformers_logging
 
 
 class UserError(Exception):
@@ -16,7 +16,7 @@ def run(main: Callable[[], object]) -> None:
     """Runs `main`; exits 2 with one line on a `UserError`, 130 on Ctrl-C."""
     # Libraries' notes would bury ours, and what they call errors they raise too.
     logging.set_verbosity(logging.FATAL)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    transformers_logging.set_verbosity_error()
     sys.unraisablehook = _tell_unraisable
     try:
         main()
