@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import jax
 import orbax.checkpoint as ocp
 
-from seed_jax import hosts, model_dir
-from seed_jax.cli import UserError
+from seed_jax import files, hosts
+from seed_jax.cli import UserError, first_line
 
 SIZES = "sizes.json"
 HALF_WRITTEN = "*.orbax-checkpoint-tmp*"
@@ -49,7 +49,7 @@ class Checkpoints:
         """Lists the files of the checkpoint that is about to get its name."""
         if hosts.is_first():
             for folder in self._folder.glob(HALF_WRITTEN):
-                sizes = model_dir.file_sizes(folder)
+                sizes = files.file_sizes(folder)
                 del sizes["_CHECKPOINT_METADATA"]  # orbax goes on writing there
                 (folder / SIZES).write_text(json.dumps(sizes))
 
@@ -92,7 +92,7 @@ class Checkpoints:
             try:
                 found, problem = self._read(step, target), ""
             except Exception as error:  # what damaged files make orbax raise has no common base
-                problem = _first_line(error)
+                problem = first_line(error)
             # A host reads its own part, and all have to go on from the same step.
             problem = next(filter(None, hosts.gather(problem)), "")
             if not problem:
@@ -109,7 +109,7 @@ class Checkpoints:
 
     def _read(self, step: int, target: Any) -> Restored:
         folder = self._folder / str(step)
-        for problem in model_dir.wrong_sizes(folder, json.loads((folder / SIZES).read_text())):
+        for problem in files.wrong_sizes(folder, json.loads((folder / SIZES).read_text())):
             raise ValueError(problem)
         # By handlers, which wait for no other process: this one may fail where others don't.
         data = ocp.JsonCheckpointHandler().restore(folder / "data", ocp.args.JsonRestore())
@@ -145,10 +145,6 @@ def give_back_room(folder: Path) -> int | None:
     for half in folder.glob(HALF_WRITTEN):
         shutil.rmtree(half, ignore_errors=True)
     return max((int(path.name) for path in folder.glob("*") if path.name.isdigit()), default=None)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _by_path(tree: Any) -> dict[str, Any]:

@@ -1,11 +1,11 @@
 """What every command line shares: a user's mistake costs one line, not a traceback."""
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from absl import logging
-from transformers.utils import logging as transformers_logging
 
 
 class UserError(Exception):
@@ -16,7 +16,12 @@ def run(main: Callable[[], object]) -> None:
     """Runs `main`; exits 2 with one line on a `UserError`, 130 on Ctrl-C."""
     # Libraries' notes would bury ours, and what they call errors they raise too.
     logging.set_verbosity(logging.FATAL)
-    transformers_logging.set_verbosity_error()
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if "transformers" in sys.modules:
+        # It has read the environment. To import it here would slow down all that do without it.
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.set_verbosity_error()
     sys.unraisablehook = _tell_unraisable
     try:
         main()
@@ -33,6 +38,11 @@ def _tell_unraisable(what: "sys.UnraisableHookArgs") -> None:
     # to report to.
     if str(what.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(what)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, for a message of one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def refuse_existing(output: Path, *, overwrite: bool) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 
 from flax import nnx
 
-from seed_jax import cli, model_dir, seed_opt
+from seed_jax import cli, files, model_dir, seed_opt
 from seed_jax.cli import UserError
 from seed_jax.diffusion import check_width, refuse_one_vector
 from seed_jax.drawing import usual_guidance_scale
@@ -198,7 +198,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     cli.refuse_existing(args.output, overwrite=args.overwrite)
-    with model_dir.replaced_when_whole(args.output) as folder:
+    with files.replaced_when_whole(args.output) as folder:
         told = EXPORTERS[args.format](args, folder)
     print(f"written to {args.output}: {told}")
 

@@ -18,7 +18,7 @@ import jax
 from absl import flags
 from jax._src import distributed
 
-from seed_jax.cli import UserError
+from seed_jax.cli import UserError, first_line
 
 # How long processes wait for one another: to come up, then to say what they know of, and, when one
 # of them gives up, to give up too.
@@ -116,18 +116,14 @@ def joined() -> Iterator[None]:
             shutdown_timeout_seconds=ANSWER_SECONDS,
         )
     except (ValueError, RuntimeError) as error:
-        raise UserError(f"joining the other processes failed: {_first_line(error)}") from error
+        raise UserError(f"joining the other processes failed: {first_line(error)}") from error
     try:
         yield
     except UserError as error:
-        _leave(f"error: {_first_line(error)}", 2)
+        _leave(f"error: {first_line(error)}", 2)
     except Exception as error:
         traceback.print_exc()
-        _leave(f"error: {_first_line(error)}", 1)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+        _leave(f"error: {first_line(error)}", 1)
 
 
 def _leave(message: str, status: int) -> NoReturn:

@@ -10,7 +10,7 @@ import jax
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from seed_jax.workdir import replace_text
+from seed_jax.files import replace_text
 
 
 class MetricsWriter:

@@ -11,7 +11,6 @@ import functools
 import hashlib
 import json
 import math
-import shutil
 import types
 import typing
 from collections.abc import Callable, Collection, Iterator
@@ -24,7 +23,8 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from seed_jax.cli import UserError
+from seed_jax import files
+from seed_jax.cli import UserError, first_line
 from seed_jax.lazy import LazyTensor
 from seed_jax.models.layers import Compute
 
@@ -52,7 +52,7 @@ def save(
       facts: further entries of `config.json`.
     """
     params = flat_params(nnx.state(module, nnx.Param))
-    with replaced_when_whole(path) as partial:
+    with files.replaced_when_whole(path) as partial:
         with _checkpointer() as checkpointer:
             checkpointer.save(partial / "params", ocp.args.PyTreeSave(params))
         if add_files is not None:
@@ -63,27 +63,9 @@ def save(
             "config": dataclasses.asdict(config),
             **facts,
             "content_hash": content_hash(params),
-            "files": file_sizes(partial),
+            "files": files.file_sizes(partial),
         }
         (partial / "config.json").write_text(json.dumps(description, indent=2) + "\n")
-
-
-@contextlib.contextmanager
-def replaced_when_whole(path: Path) -> Iterator[Path]:
-    """An empty folder to write into; it takes the place of `path` if the block ends well."""
-    path = Path(path).absolute()
-    partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
-    if path.exists():
-        old = path.with_name(f".{path.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        path.rename(old)
-        partial.rename(path)
-        shutil.rmtree(old)
-    else:
-        partial.rename(path)
 
 
 def describe(path: str | Path) -> dict[str, Any]:
@@ -102,29 +84,13 @@ def describe(path: str | Path) -> dict[str, Any]:
         listed = dict(description["files"])
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{file} is not a seed_jax model description") from None
-    for problem in wrong_sizes(path, listed):
+    for problem in files.wrong_sizes(path, listed):
         raise UserError(f"{problem}; copy the model directory again, whole")
     if description.get("format") != FORMAT:
         raise UserError(
             f"{file} is of format {description.get('format')}; this version reads {FORMAT}"
         )
     return description
-
-
-def file_sizes(folder: Path) -> dict[str, int]:
-    """Bytes of every file below a folder, by its path there."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    return {str(file.relative_to(folder)): file.stat().st_size for file in files}
-
-
-def wrong_sizes(folder: Path, listed: dict[str, int]) -> Iterator[str]:
-    """Says of each listed file that is missing or of another size what is wrong with it."""
-    for name, size in listed.items():
-        file = folder / name
-        if not file.is_file():
-            yield f"{file} is missing"
-        elif file.stat().st_size != size:
-            yield f"{file} has {file.stat().st_size} bytes where {size} were written"
 
 
 def describe_kind(path: str | Path, kind: str) -> dict[str, Any]:
@@ -332,7 +298,7 @@ def _open_params(path: str | Path) -> Iterator[tuple[ocp.Checkpointer, Path]]:
         with _checkpointer() as checkpointer:
             yield checkpointer, folder
     except (ValueError, OSError, KeyError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"{folder} can't be read: {reason}") from error
 
 

@@ -25,7 +25,7 @@ from seed_jax.models import layers
 from seed_jax.planning import cost, stand_ins, targets
 from seed_jax.planning.cost import Collective, Efficiency, Work
 from seed_jax.planning.targets import TARGETS, GiB, Target, Topology
-from seed_jax.train import TASKS, check_batch, parse_flags
+from seed_jax.train import check_batch, find_task, parse_flags
 
 # Of a device's memory; the rest is for the driver, NCCL's and cuBLAS's buffers and gaps.
 USABLE = 0.9
@@ -63,8 +63,7 @@ def make(config: ConfigDict, topology: Topology) -> Plan:
       UserError: the config doesn't work, or not on so many devices.
     """
     mesh = sharding.make_mesh(config.mesh.to_dict(), topology.devices)
-    per_row = config.get("sequences", {}).get("per_row", 1)
-    check_batch(config.batch_size, mesh, per_row=per_row, accumulate=config.accumulate)
+    check_batch(config, mesh)
     with layers.compiling_for(topology.platform):
         step, current, batch = abstract_step(config, mesh)
         compiled = step.lower(current, batch).compile(compiler_options=topology.options())
@@ -92,7 +91,7 @@ def make(config: ConfigDict, topology: Topology) -> Plan:
 
 def abstract_step(config: ConfigDict, mesh: Mesh) -> tuple[jax.stages.Wrapped, Any, Any]:
     """The training step, and the shapes and shardings of the state and the batch it takes."""
-    task = TASKS[config.task](config)
+    task = find_task(config)(config)
     graphdef, init, tx = state.lazily(task, config)
     shapes = jax.eval_shape(init)
     shardings = sharding.tree_shardings(shapes, mesh)
@@ -193,8 +192,7 @@ _EFFICIENCY = flags.DEFINE_float(
 def main(_: list[str]) -> None:
     config: ConfigDict = flags.FLAGS.config.copy_and_resolve_references().unlock()
     target, devices = TARGETS[_TARGET.value], _DEVICES.value
-    if config.task not in TASKS:
-        raise UserError(f"config.task is {config.task!r}; the stages are {', '.join(TASKS)}")
+    find_task(config)
     if config.precision not in target.peak:
         raise UserError(
             f"{_TARGET.value} does not compute in {config.precision}; take "

@@ -34,7 +34,8 @@ from seed_jax.data.parts import NO_CAPTION, Damaged, Dropped, Part
 from seed_jax.data.pipeline import live_and_die_with_parent
 from seed_jax.data.prepared import FORMAT, REPORT, SHARDS, read_report
 from seed_jax.data.sources import Record, count_rows, write_array_record
-from seed_jax.workdir import LOCK, lack_of_room, locked, replace_text
+from seed_jax.files import replace_text
+from seed_jax.workdir import LOCK, lack_of_room, locked
 
 UNREADABLE, TOO_SMALL, OTHER_SPLIT = "unreadable", "too small", "other split"
 DAMAGED = ("stop", "keep", "skip")
@@ -278,12 +279,12 @@ def _conclude(
             "it again and run the same command, or keep its good part by --damaged keep, or leave "
             "it out by --damaged skip"
         )
-    partial = folder / f".{DROPPED}.partial"
-    with partial.open("w") as file:
-        for entry in entries.values():
-            for one in entry["dropped"]:
-                file.write(json.dumps(one._asdict() | {"from": entry["from"]}) + "\n")
-    partial.replace(folder / DROPPED)
+    lines = (
+        json.dumps(one._asdict() | {"from": entry["from"]}) + "\n"
+        for entry in entries.values()
+        for one in entry["dropped"]
+    )
+    replace_text(folder / DROPPED, "".join(lines))
     pictures = sum(entry["pictures"] for entry in entries.values())
     report = _write_report(folder, made_from, entries, complete=pictures > 0)
     reasons = ", ".join(f"{count} {why}" for why, count in report["dropped"].items())

@@ -31,6 +31,7 @@ from seed_jax.data.transforms import decode
 from seed_jax.drawing import Shown
 from seed_jax.evaluation import reconstruction, retrieval, seed_opt, usage
 from seed_jax.evaluation.reconstruction import Drawn
+from seed_jax.evaluation.suite import evenly
 from seed_jax.inference import Embeddings
 from seed_jax.seed_opt import SeedOPT
 
@@ -237,7 +238,9 @@ def report(args: argparse.Namespace) -> None:
     language_model = SeedOPT.from_pretrained(run / "seed_opt")
     written = write(language_model, sources["style"], embedded["style"], args.batch_size)
     diffusion = drawing.open_diffusion(args, language_model.tokenizer, model)
-    encoder, batches = reconstruction.redraw(args, model, sources["style"], diffusion=diffusion)
+    encoder, batches = reconstruction.redraw(
+        args, language_model.tokenizer, model, sources["style"], diffusion
+    )
     redrawn = list(batches)
 
     def draw(codes_NQ: np.ndarray) -> np.ndarray:
@@ -281,7 +284,7 @@ def shown_drawings(
       draw: codes [N, Q] to pictures uint8 [N, H, W, 3].
     """
     groups = [shown for batch in redrawn for shown in reconstruction.shown_of(batch)]
-    rows = np.unique(np.linspace(0, len(groups) - 1, SHOWN_DRAWINGS, dtype=int))
+    rows = evenly(len(groups), SHOWN_DRAWINGS)
     return [
         Shown(
             f"{_short(groups[row].title)}\nread as: {_short(written.captions[row])}",

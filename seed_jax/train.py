@@ -25,6 +25,7 @@ from seed_jax.checkpoint import Checkpoints, give_back_room
 from seed_jax.cli import UserError
 from seed_jax.data import pipeline, sources
 from seed_jax.data.sources import Source
+from seed_jax.files import replace_text
 from seed_jax.metrics import MetricsWriter
 from seed_jax.state import TrainStep
 from seed_jax.tasks import Task
@@ -35,7 +36,7 @@ from seed_jax.tasks.diffusion import Diffusion
 from seed_jax.tasks.language_model import LanguageModel
 from seed_jax.tasks.seed_opt import SeedOPTTraining
 from seed_jax.tasks.text_encoder import TextEncoder
-from seed_jax.workdir import held, lack_of_room, replace_text
+from seed_jax.workdir import held, lack_of_room
 
 TASKS: dict[str, type[Task]] = {
     "causal_qformer": CausalQFormer,
@@ -55,11 +56,10 @@ def train(config: ConfigDict, workdir: Path) -> None:
       UserError: the config or the data don't work, the workdir holds another run, the disk is full,
         or a loss is not finite.
     """
-    if config.task not in TASKS:
-        raise UserError(f"config.task is {config.task!r}; the stages are {', '.join(TASKS)}")
+    task_class = find_task(config)
     try:
         with held(workdir, config):
-            run(config, workdir)
+            run(task_class, config, workdir)
     except Exception as error:
         reason = lack_of_room(error)
         if reason is None:
@@ -71,12 +71,22 @@ def train(config: ConfigDict, workdir: Path) -> None:
         ) from error
 
 
-def run(config: ConfigDict, workdir: Path) -> None:
+def find_task(config: ConfigDict) -> type[Task]:
+    """The stage that a config is of.
+
+    Raises:
+      UserError: there is none of its name.
+    """
+    if config.task not in TASKS:
+        raise UserError(f"config.task is {config.task!r}; the stages are {', '.join(TASKS)}")
+    return TASKS[config.task]
+
+
+def run(task_class: type[Task], config: ConfigDict, workdir: Path) -> None:
     """`train` in a workdir that is this run's."""
     mesh = sharding.make_mesh(config.mesh.to_dict())
-    per_row = config.get("sequences", {}).get("per_row", 1)
-    check_batch(config.batch_size, mesh, per_row=per_row, accumulate=config.accumulate)
-    task = TASKS[config.task](config)
+    check_batch(config, mesh)
+    task = task_class(config)
     source = sources.open_source(config.data.path, config.data.split)
     data = pipeline.train_pipeline(
         source,
@@ -173,13 +183,11 @@ def on_mesh(data: Iterator[dict[str, Any]], mesh: Mesh) -> Iterator[dict[str, ja
         yield sharding.put_batch(batch, mesh)
 
 
-def check_batch(batch_size: int, mesh: Mesh, *, per_row: int, accumulate: int) -> None:
-    """Raises a UserError if the mesh and the microbatches don't divide the batch.
-
-    Args:
-      per_row: pictures that stay together, since their captions are packed into one row.
-      accumulate: microbatches.
-    """
+def check_batch(config: ConfigDict, mesh: Mesh) -> None:
+    """Raises a UserError if the mesh and the microbatches don't divide the batch."""
+    batch_size, accumulate = config.batch_size, config.accumulate
+    # Pictures stay together whose captions are packed into one row.
+    per_row = config.get("sequences", {}).get("per_row", 1)
     if accumulate < 1:
         raise UserError(f"config.accumulate is {accumulate}; 1 runs the batch at once")
     shards = mesh.shape["data"] * mesh.shape["fsdp"]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from seed_jax import hosts
+from seed_jax import files, hosts
 from seed_jax.cli import UserError
 
 LOCK, CONFIG = "run.lock", "config.json"
@@ -93,14 +93,7 @@ def _note(file: Path, wanted: str) -> None:
                 f"{file.parent} was trained with another config (differs in "
                 f"{', '.join(differing)}); take a new --workdir, or the config it was trained with"
             )
-    replace_text(file, wanted)
-
-
-def replace_text(file: Path, text: str) -> None:
-    """Writes a file anew such that a reader, or a kill, finds the old text or the new one."""
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(text)
-    partial.replace(file)
+    files.replace_text(file, wanted)
 
 
 def lack_of_room(error: BaseException | None) -> str | None:

@@ -19,7 +19,7 @@ from typing import Any
 
 import msgpack
 
-from seed_jax.cli import UserError
+from seed_jax.cli import UserError, first_line
 from seed_jax.data import annotations, tables
 from seed_jax.data.parts import (
     MISSING,
@@ -28,7 +28,6 @@ from seed_jax.data.parts import (
     Damaged,
     Dropped,
     Part,
-    short,
     stamp,
     strip,
     texts,
@@ -160,7 +159,7 @@ class TarPart:
                         yield Dropped(name, TWICE)
                     yield _sample(name, {k: _read(tar, m) for k, m in members.items()})
         except READING as error:
-            raise Damaged(short(error)) from None
+            raise Damaged(first_line(error)) from None
         if damage:
             raise Damaged(damage)
 
@@ -189,7 +188,7 @@ def _groups(tar: tarfile.TarFile) -> tuple[dict[str, dict[str, Any]], str]:
                 group["twice"] = group.get("twice", 0) + 1
         damage = _bad_end(tar)
     except READING as error:
-        damage = short(error)
+        damage = first_line(error)
     return groups, damage
 
 
@@ -218,5 +217,5 @@ def _sample(name: str, files: dict[str, bytes]) -> Record | Dropped:
             entry = json.loads(files[".json"])
             captions = texts(entry.get("captions", entry.get("caption")))
     except (ValueError, AttributeError) as error:
-        return Dropped(name, NO_CAPTION, short(error))
+        return Dropped(name, NO_CAPTION, first_line(error))
     return {"id": name, "image": files["picture"], "captions": strip(captions)}

@@ -55,10 +55,6 @@ def strip(captions: list[str]) -> list[str]:
     return [caption.strip() for caption in captions if caption.strip()]
 
 
-def short(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
-
-
 def stamp(file: Path) -> str:
     """Another one when the file has changed."""
     stat = file.stat()

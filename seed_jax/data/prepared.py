@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from seed_jax.cli import UserError
+from seed_jax.files import wrong_sizes
 
 REPORT = "report.json"
 FORMAT = "seed_jax.prepare 1"
@@ -38,14 +39,7 @@ def shards(folder: Path) -> list[Path] | None:
             "on where it stopped"
         )
     listed = report["shards"]
-    for name, entry in listed.items():
-        file, size = folder / name, entry["bytes"]
-        if not file.is_file():
-            wrong = f"{file} is missing"
-        elif file.stat().st_size != size:
-            wrong = f"{file} has {file.stat().st_size} bytes where {size} were written"
-        else:
-            continue
+    for wrong in wrong_sizes(folder, {name: entry["bytes"] for name, entry in listed.items()}):
         raise UserError(
             f"{wrong} ({folder / REPORT} lists {len(listed)} shards); copy it again, or make it "
             "again by seed_jax.prepare"

@@ -8,14 +8,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from seed_jax.cli import UserError
+from seed_jax.cli import UserError, first_line
 from seed_jax.data.parts import (
     MISSING,
     TWICE,
     Damaged,
     Dropped,
     Part,
-    short,
     stamp,
     strip,
     texts,
@@ -64,7 +63,7 @@ class TablePart:
             with pq.ParquetFile(self.file) as table:
                 yield from self._read(table)
         except READING as error:
-            raise Damaged(short(error)) from None
+            raise Damaged(first_line(error)) from None
 
     def _read(self, table: pq.ParquetFile) -> Iterator[Record | Dropped]:
         ids = self.columns.get("id")

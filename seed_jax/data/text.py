@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import numpy as np
 from tokenizers import Tokenizer
 
-from seed_jax.cli import UserError
+from seed_jax.cli import UserError, first_line
 from seed_jax.data.sources import Record
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def load_tokenizer(path: str | Path | None, *, subfolder: str = "") -> PreTraine
         tokenizer = AutoTokenizer.from_pretrained(str(wanted), subfolder=subfolder)
     except Exception as error:
         # It may guess a class by the folder's name and then fail in any way.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise UserError(
             f"{wanted}: no tokenizer there; give a folder with tokenizer.json or a Hugging Face "
             f"name such as bert-base-uncased ({reason})"

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from seed_jax.cli import first_line
+
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -37,7 +39,7 @@ def why_unreadable(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         # PIL's own message holds a memory address.
         return "not a picture"
-    return (str(error) or type(error).__name__).splitlines()[0]
+    return first_line(error)
 
 
 def resize(image: Image.Image, size: int) -> np.ndarray:

@@ -13,7 +13,7 @@ from seed_jax.data.sequences import CAPTION_PROMPT
 from seed_jax.data.sources import Source
 from seed_jax.drawing import Shown
 from seed_jax.evaluation import caption_metrics, intervals, tables, writing
-from seed_jax.evaluation.suite import Evaluation, Measured
+from seed_jax.evaluation.suite import Evaluation, Measured, evenly
 
 WHOLE = "all"
 # In per cent.
@@ -84,7 +84,7 @@ def score(
 def sheet(source: Source, written: Mapping[str, str]) -> list[Shown]:
     """Some pictures under what was written, spread evenly over all."""
     keys = list(written)
-    some = np.unique(np.linspace(0, len(keys) - 1, ON_SHEET).astype(int))
+    some = evenly(len(keys), ON_SHEET)
     return [
         Shown(
             textwrap.shorten(written[keys[place]], 40),

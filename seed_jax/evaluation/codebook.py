@@ -25,7 +25,7 @@ from seed_jax.data import transforms
 from seed_jax.data.sources import Source
 from seed_jax.drawing import Shown
 from seed_jax.evaluation import intervals, retrieval, tables
-from seed_jax.evaluation.suite import Evaluation, Measured
+from seed_jax.evaluation.suite import Evaluation, Measured, evenly
 from seed_jax.evaluation.usage import usage
 from seed_jax.models.layers import Array
 from seed_jax.models.tokenizer import SeedTokenizer
@@ -196,10 +196,6 @@ def semantic(embedded: inference.Embeddings) -> tuple[dict[str, float], dict[str
     return intervals.of_means({"shared": shared_P1[:, 0], "nearest": nearest_P, "any": any_P})
 
 
-def _spread(pictures: int, count: int) -> np.ndarray:
-    return np.unique(np.linspace(0, pictures - 1, count).astype(int))
-
-
 def shared_sheet(embedded: inference.Embeddings, source: Source) -> list[Shown]:
     """Pictures, each beside those that share most of its codes."""
     assert embedded.codes is not None
@@ -207,7 +203,7 @@ def shared_sheet(embedded: inference.Embeddings, source: Source) -> list[Shown]:
     pictures, positions = codes_PQ.shape
     nearest_PN, shared_PN = neighbours(codes_PQ, min(NEIGHBOURS, pictures - 1))
     shown = []
-    for row in _spread(pictures, ON_SHEET):
+    for row in evenly(pictures, ON_SHEET):
         index = int(embedded.index_P[row])
         panels: dict[str, np.ndarray | None] = {"": _picture(source, index)}
         for place, (other, shared) in enumerate(
@@ -238,7 +234,7 @@ def first_codes_sheet(evaluation: Evaluation) -> list[Shown]:
     embed = jax.jit(lambda m, codes, kept: m.generation(dequantized(m, codes, kept)))
     counts = steps(positions)[1:]
     kept_KQ = np.arange(positions)[None] < np.array(counts)[:, None]
-    rows = _spread(len(codes_PQ), ON_SHEET)
+    rows = evenly(len(codes_PQ), ON_SHEET)
     # All at once: to compile takes longer than to draw.
     codes_NQ = np.repeat(codes_PQ[rows], len(counts), axis=0)
     embeddings = embed(model, codes_NQ, np.tile(kept_KQ, (len(rows), 1)))

@@ -20,7 +20,7 @@ from seed_jax.data import transforms
 from seed_jax.drawing import Shown
 from seed_jax.evaluation import intervals, reconstruction, tables
 from seed_jax.evaluation.encoders import Encoder
-from seed_jax.evaluation.suite import Evaluation, Measured
+from seed_jax.evaluation.suite import Evaluation, Measured, evenly
 from seed_jax.models.tokenizer import TokenizerConfig
 from seed_jax.tasks import codebook
 
@@ -35,7 +35,7 @@ def evaluate(evaluation: Evaluation) -> Measured:
     drawn = evaluation.once(reconstruction.redrawn)
     config = model_dir.load_config(evaluation.tokenizer_path, codebook.KIND, TokenizerConfig)
     count = len(drawn.index_P)
-    some = np.unique(np.linspace(0, count - 1, min(count, MOST_PICTURES)).astype(int))
+    some = evenly(count, min(count, MOST_PICTURES))
     pictures = [transforms.decode(evaluation.few[drawn.index_P[place]]["image"]) for place in some]
     settings = [(side, quality) for side in SIDES for quality in QUALITIES]
     bytes_PG, similarity_PG = compress(drawn.encoder, pictures, settings)

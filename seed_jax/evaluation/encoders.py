@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import CLIPConfig
 
 from seed_jax import inference
-from seed_jax.cli import UserError
+from seed_jax.cli import UserError, first_line
 from seed_jax.data import transforms
 from seed_jax.data.text import TextField, load_tokenizer
 from seed_jax.interop import clip_weights
@@ -69,7 +69,7 @@ def clip_encoder(path: str) -> Encoder:
     try:
         config = CLIPConfig.from_pretrained(path)
     except OSError as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"{path}: no CLIP in transformers' layout there: {reason}") from error
     clip = nnx.eval_shape(lambda: ClipEncoder(config, compute=Compute(), rngs=nnx.Rngs(0)))
     clip_weights.load(clip, path)

@@ -62,26 +62,23 @@ class Drawn(NamedTuple):
 
 def redraw(
     args: argparse.Namespace,
-    path: str | Path,
+    model: SeedTokenizer,
+    name: str | Path,
     source: Source,
-    *,
-    diffusion: StableDiffusion | None = None,
+    diffusion: StableDiffusion,
 ) -> tuple[Encoder, Iterator[Drawn]]:
     """The tokenizer's own encoder, and the pictures, drawn as one asks for them, compared by it.
 
     Args:
       args: the options of `drawing.add_arguments` and the batch size.
-      path: model directory of stage 2.
-      diffusion: what draws, if it is open already.
+      name: what to call the tokenizer.
+      diffusion: what draws from its codes.
 
     Raises:
-      UserError: a model can't be found or does not fit its config, or the two do not fit one
-        another; see `open_encoder` and `draw` too.
+      UserError: see `open_encoder` and `draw`.
     """
-    model = SeedTokenizer.from_pretrained(path)
-    diffusion = diffusion or drawing.open_diffusion(args, model, path)
     runner = inference.Runner(model)
-    encoder = open_encoder("", model, runner, path)
+    encoder = open_encoder("", model, runner, name)
     settings = drawing.settings(args)
     batches = draw(
         model,

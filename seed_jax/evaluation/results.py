@@ -14,6 +14,7 @@ import seed_jax
 from seed_jax.cli import UserError
 from seed_jax.evaluation import tables
 from seed_jax.evaluation.suite import Suite
+from seed_jax.files import replace_text
 
 FILE, TABLE = "results.json", "table.md"
 FORMAT = 1
@@ -46,9 +47,7 @@ def write(folder: Path, results: Results, suites: Mapping[str, Suite]) -> None:
     """Writes both files, each whole or not at all."""
     text = json.dumps({"format": FORMAT, "suites": results}, indent=2) + "\n"
     for name, content in ((FILE, text), (TABLE, report(results, suites) + "\n")):
-        partial = folder / f".{name}.partial"
-        partial.write_text(content)
-        partial.rename(folder / name)
+        replace_text(folder / name, content)
 
 
 def report(results: Results, suites: Mapping[str, Suite]) -> str:

@@ -12,7 +12,7 @@ from seed_jax.data import transforms
 from seed_jax.data.sources import Source
 from seed_jax.drawing import Shown
 from seed_jax.evaluation import intervals, tables, usage
-from seed_jax.evaluation.suite import Evaluation, Measured
+from seed_jax.evaluation.suite import Evaluation, Measured, evenly
 from seed_jax.inference import Embeddings
 
 KS = (1, 5, 10)
@@ -150,7 +150,7 @@ def sheet(embedded: Embeddings, source: Source) -> list[Shown]:
     """Some pictures, spread evenly over all, under the caption nearest to each."""
     image_PE = embedded.codes.image_PE if embedded.codes else embedded.image_PE
     shown = []
-    for row in np.unique(np.linspace(0, len(image_PE) - 1, ON_SHEET).astype(int)):
+    for row in evenly(len(image_PE), ON_SHEET):
         nearest = int(np.argmax(embedded.text_CE @ image_PE[row]))
         mark = "✓ " if embedded.picture_of_caption_C[nearest] == row else ""
         title = textwrap.shorten(mark + embedded.captions[nearest], TITLE_WIDTH)

@@ -50,16 +50,19 @@ def caption_results(captions: Sequence[str], references: Sequence[Sequence[str]]
       'cider', from 0 to 10, and 'shuffled_cider', the mean of `SHUFFLES` ways to take each
       picture's codes from another picture.
     """
-    shifts = np.unique(np.linspace(1, len(captions) - 1, SHUFFLES, dtype=int))
-    shuffled = [cider(np.roll(captions, shift).tolist(), references) for shift in shifts]
-    return {"cider": cider(captions, references), "shuffled_cider": float(np.mean(shuffled))}
-
-
-def cider(captions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """CIDEr-D (arXiv 1411.5726) by pycocoevalcap, words split without Java."""
+    count = len(captions)
+    # Words are split without Java, which not every machine has.
     written = tokenize_simply({str(i): [caption] for i, caption in enumerate(captions)})
     true = tokenize_simply({str(i): own for i, own in enumerate(references)})
-    return float(Cider().compute_score(true, written)[0])
+
+    def cider(shift: int) -> float:
+        """CIDEr-D (arXiv 1411.5726) by pycocoevalcap, each picture under another's caption."""
+        shifted = {str(i): written[str((i - shift) % count)] for i in range(count)}
+        return float(Cider().compute_score(true, shifted)[0])
+
+    shifts = np.unique(np.linspace(1, count - 1, SHUFFLES, dtype=int))
+    shuffled = [cider(int(shift)) for shift in shifts]
+    return {"cider": cider(0), "shuffled_cider": float(np.mean(shuffled))}
 
 
 def drawing_results(model: SeedOPT, drawn_PQ: np.ndarray, embedded: Embeddings) -> dict[str, Any]:

@@ -181,4 +181,9 @@ def spread(source: Source, limit: int) -> Source:
     """`limit` records spread evenly over a source; all for 0 or more than there are."""
     if not 0 < limit < len(source):
         return source
-    return Part(source, np.linspace(0, len(source) - 1, limit).astype(int).tolist())
+    return Part(source, evenly(len(source), limit).tolist())
+
+
+def evenly(total: int, count: int) -> np.ndarray:
+    """`count` places spread evenly over `total`; all where there are no more."""
+    return np.unique(np.linspace(0, total - 1, count).astype(int))

@@ -20,7 +20,7 @@ from seed_jax.data.questions import Question, Questions
 from seed_jax.data.sequences import QUESTION_PROMPT
 from seed_jax.drawing import Shown
 from seed_jax.evaluation import intervals, tables, writing
-from seed_jax.evaluation.suite import Evaluation, Measured
+from seed_jax.evaluation.suite import Evaluation, Measured, evenly
 from seed_jax.evaluation.vqa_accuracy import accuracy, normalize
 
 WHOLE = "all"
@@ -66,8 +66,7 @@ def open_questions(evaluation: Evaluation) -> Questions:
             Path(args.data), args.answers, args.images, allow_missing=args.allow_missing
         )
         if args.limit and args.limit < len(asked.questions):
-            places = np.linspace(0, len(asked.questions) - 1, args.limit).astype(int)
-            some = [asked.questions[place] for place in places]
+            some = [asked.questions[place] for place in evenly(len(asked.questions), args.limit)]
             return asked._replace(questions=some, benchmark=None)
         return asked
     if has_questions(evaluation):
@@ -122,7 +121,7 @@ def _matches(answer: str, right: list[str]) -> float:
 
 def sheet(asked: list[Question], written: dict[str, str]) -> list[Shown]:
     """Some pictures with question and answer, spread evenly over all."""
-    some = np.unique(np.linspace(0, len(asked) - 1, ON_SHEET).astype(int))
+    some = evenly(len(asked), ON_SHEET)
     shown = []
     for question in (asked[place] for place in some):
         picture = np.asarray(transforms.decode(writing.read(question.picture)))

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import Blip2Config
 
 from seed_jax.cli import UserError
-from seed_jax.interop import keys, transformers_folder
+from seed_jax.interop import bert_folder, keys, transformers_folder
 from seed_jax.interop.state_dict import ArrayLike, Row, Table
 from seed_jax.models.qformer import QFormerConfig
 from seed_jax.models.tokenizer import EncoderConfig
@@ -39,7 +39,6 @@ RENAMED = {
 }
 # What SEED's parts take for granted.
 VISION_FIXED = {"hidden_act": "gelu", "qkv_bias": True}
-QFORMER_FIXED = {"hidden_act": "gelu", "position_embedding_type": "absolute"}
 
 
 def read_config(
@@ -60,7 +59,7 @@ def read_config(
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file} is not the config of a BLIP-2 ({error!r})") from None
     vision, qformer = config.vision_config, config.qformer_config
-    for part, fixed in ((vision, VISION_FIXED), (qformer, QFORMER_FIXED)):
+    for part, fixed in ((vision, VISION_FIXED), (qformer, bert_folder.FIXED)):
         for name, wanted in fixed.items():
             if getattr(part, name) != wanted:
                 raise UserError(

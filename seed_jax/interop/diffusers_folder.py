@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
-from seed_jax.cli import UserError
+from seed_jax.cli import UserError, first_line
 from seed_jax.interop import diffusers_weights
 from seed_jax.interop.torch_io import INDEX_SUFFIX, indexed_files
 from seed_jax.models import teacher
@@ -186,7 +186,7 @@ def _fetch(folder: str, name: str) -> Path | None:
     except EntryNotFoundError:
         return None
     except Exception as error:  # of the hub, the network or the disk
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise UserError(
             f"{folder} can't be fetched from the Hugging Face hub ({reason}); check the name and "
             "the network, or name a local directory"

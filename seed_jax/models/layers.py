@@ -115,11 +115,9 @@ class RowLinear(nnx.Module):
     def __call__(self, x: Array) -> Array:
         """[..., din] -> [..., dout]."""
         y = times_rows(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
-        return (
-            y
-            if self.bias is None
-            else y + jnp.broadcast_to(self.bias[...], y.shape).astype(y.dtype)
-        )
+        if self.bias is None:
+            return y
+        return y + jnp.broadcast_to(self.bias[...].astype(self.dtype), y.shape)
 
 
 def times_rows(x: Array, table_OI: Array, *, preferred_element_type: Any = None) -> Array:

@@ -11,7 +11,7 @@ import jax
 from flax import nnx
 from transformers import CLIPTextConfig, FlaxCLIPTextModel
 
-from seed_jax.cli import UserError
+from seed_jax.cli import UserError, first_line
 from seed_jax.models.layers import Array, Compute, hold_linen, nest_linen
 
 PACKAGED = Path(__file__).parents[1] / "assets" / "tiny_stable_diffusion"
@@ -73,5 +73,5 @@ def load_config(path: str) -> CLIPTextConfig:
     try:
         return CLIPTextConfig.from_pretrained(folder, subfolder=subfolder)
     except OSError as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"{folder}/{subfolder}: no config of a text encoder: {reason}") from error

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from seed_jax.cli import UserError
+from seed_jax.cli import UserError, first_line
 
 GiB = 2**30
 GIGA, TERA = 1e9, 1e12
@@ -220,7 +220,7 @@ def _tpus(target: Target, count: int) -> list[Any]:
     try:
         return topologies.get_topology_desc(name, platform="tpu", **extra).devices
     except Exception as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"--devices={count}: no slice {name} can be described: {reason}") from error
 
 

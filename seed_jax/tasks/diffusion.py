@@ -80,14 +80,6 @@ class Diffusion:
                 f"config.model.cross_attention_dim is {self.sizes.cross_attention_dim}, but the "
                 f"teacher's states are {width} wide"
             )
-        self.first = None
-        if config.init:
-            self.first = diffusers_folder.read_unet(config.init, compute=compute_of(config))
-            if self.first.config != self.sizes:
-                raise UserError(
-                    f"the U-Net in {config.init} has other sizes than config.model: "
-                    f"{self.first.config}, not {self.sizes}"
-                )
         self.scheduler = config.scheduler.to_dict()
         self.signal_T = samplers.alphas_cumprod(self.scheduler)
 
@@ -126,8 +118,14 @@ class Diffusion:
 
     def prepare(self, model: DrawingModel, batches: Iterator[Batch]) -> None:
         """Takes the weights it begins with and, on request, memory of what frozen parts make."""
-        if self.first is not None:
-            model_dir.replace_params(model.unet, nnx.state(self.first, nnx.Param))
+        if init := self.config.init:
+            first = diffusers_folder.read_unet(init, compute=compute_of(self.config))
+            if first.config != self.sizes:
+                raise UserError(
+                    f"the U-Net in {init} has other sizes than config.model: {first.config}, "
+                    f"not {self.sizes}"
+                )
+            model_dir.replace_params(model.unet, nnx.state(first, nnx.Param))
         clip_weights.load_text_encoder(model.teacher, self.config.teacher)
         model_dir.replace_params(model.autoencoder, nnx.state(self.autoencoder, nnx.Param))
         if model.memory is not None:

@@ -1,0 +1,47 @@
+"""Files and folders that are there whole or not at all, and telling whether they still are."""
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def replace_text(file: Path, text: str) -> None:
+    """Writes a file anew such that a reader, or a kill, finds the old text or the new one."""
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(text)
+    partial.replace(file)
+
+
+@contextlib.contextmanager
+def replaced_when_whole(path: Path) -> Iterator[Path]:
+    """An empty folder to write into; it takes the place of `path` if the block ends well."""
+    path = Path(path).absolute()
+    partial = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    if path.exists():
+        old = path.with_name(f".{path.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        path.rename(old)
+        partial.rename(path)
+        shutil.rmtree(old)
+    else:
+        partial.rename(path)
+
+
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Bytes of every file below a folder, by its path there."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return {str(file.relative_to(folder)): file.stat().st_size for file in files}
+
+
+def wrong_sizes(folder: Path, listed: dict[str, int]) -> Iterator[str]:
+    """Says of each listed file that is missing or of another size what is wrong with it."""
+    for name, size in listed.items():
+        file = folder / name
+        if not file.is_file():
+            yield f"{file} is missing"
+        elif file.stat().st_size != size:
+            yield f"{file} has {file.stat().st_size} bytes where {size} were written"
