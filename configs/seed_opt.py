@@ -32,6 +32,7 @@ def get_config() -> ConfigDict:
     config.model = ConfigDict()  # the base's and tokenizer's sizes come with them
     config.model.code_input = "codebook"  # or "learned": a row for each code, as in SEED-LLaMA
     config.model.dropout = 0.0  # of the base
+    config.model.int8 = False  # hold the frozen base in 8 bits: half of float16's memory
     config.model.lora = ConfigDict(
         {
             "rank": 16,

@@ -122,7 +122,8 @@ def load(
     """Builds the module that a directory describes, with its parameters on the first device.
 
     Args:
-      stored: the type that holds the parameters; None: the one that the module makes them in.
+      stored: the type that holds the parameters but `exact` ones; None: the one that the module
+        makes them in.
 
     Raises:
       UserError: see `load_config`; or the parameters do not fit the config.
@@ -131,10 +132,14 @@ def load(
     abstract = nnx.eval_shape(lambda: module_class(config, compute=compute, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(abstract)
     device = SingleDeviceSharding(jax.local_devices()[0])
-    target = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, stored or a.dtype, sharding=device),
-        flat_params(state),
-    )
+    target = {
+        "/".join(map(str, path)): jax.ShapeDtypeStruct(
+            param.shape,
+            stored if stored and not param.get_metadata().get("exact") else param.dtype,
+            sharding=device,
+        )
+        for path, param in nnx.to_flat_state(state)
+    }
     return nnx.merge(graphdef, unflatten_params(state, restore_params(path, target)))
 
 

@@ -18,7 +18,7 @@ from seed_jax.cli import UserError
 from seed_jax.data import transforms
 from seed_jax.data.sequences import CAPTION_PROMPT, DRAWING_PROMPT, QUESTION_PROMPT, Words
 from seed_jax.data.text import load_tokenizer
-from seed_jax.models import lora
+from seed_jax.models import int8, lora
 from seed_jax.models.generation import NOTHING, Decoding
 from seed_jax.models.generator import Generator
 from seed_jax.models.grammar import Grammar
@@ -302,23 +302,36 @@ class SeedOPT:
 def load_language_model(path: str | Path, *, compute: Compute = Compute()) -> VisualOPT:
     """The language model of a directory alone, its adapters beside their layers.
 
+    Kernels that it holds in 8 bits are floats again.
+
     Args:
       compute: its type is also what the weights are stored in.
 
     Raises:
       UserError: see `model_dir.load`.
     """
-    return model_dir.load(path, KIND, VisualOPTConfig, VisualOPT, compute, stored=compute.dtype)
+    model: VisualOPT = model_dir.load(
+        path, KIND, VisualOPTConfig, VisualOPT, compute, stored=compute.dtype
+    )
+    if not model.config.opt.int8:
+        return model
+    floats = _abstract(model, int8=False)
+    int8.dequantize(model, floats)
+    return floats
 
 
 def merged(model: VisualOPT) -> VisualOPT:
     """The model with its adapters merged into the layers beneath them."""
-    opt = dataclasses.replace(model.config.opt, lora=LoRAConfig(rank=0))
-    config = dataclasses.replace(model.config, opt=opt)
-    compute = model.opt.compute
-    plain = nnx.eval_shape(lambda: VisualOPT(config, compute=compute, rngs=nnx.Rngs(0)))
+    plain = _abstract(model, lora=LoRAConfig(rank=0))
     lora.merge(model, plain)
     return plain
+
+
+def _abstract(model: VisualOPT, **changes: Any) -> VisualOPT:
+    """The shapes of a model of another config of OPT."""
+    config = dataclasses.replace(model.config, opt=dataclasses.replace(model.config.opt, **changes))
+    compute = model.opt.compute
+    return nnx.eval_shape(lambda: VisualOPT(config, compute=compute, rngs=nnx.Rngs(0)))
 
 
 def _is_picture(part: Any) -> bool:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from seed_jax.models import layers
+from seed_jax.models.int8 import Int8Linear
 from seed_jax.models.layers import Array, Compute
 
 TARGETS = ("query", "key", "value", "out", "up", "down")
@@ -78,6 +79,10 @@ class LoRALinear(nnx.Linear):
         return (kernel.astype(delta.dtype) + self.config.scale * delta).astype(kernel.dtype)
 
 
+class Int8LoRALinear(LoRALinear, Int8Linear):
+    """An adapter beside a kernel of 8 bits."""
+
+
 def linear(
     name: str,
     din: int,
@@ -85,12 +90,23 @@ def linear(
     *,
     axes: tuple[str | None, str | None],
     lora: LoRAConfig,
+    int8: bool,
     compute: Compute,
     rngs: nnx.Rngs,
 ) -> nnx.Linear:
-    """A linear layer, with an adapter if `lora` has one for this name."""
+    """A linear layer, its kernel in 8 bits if so said, with an adapter if `lora` has it by name."""
     if lora.rank and name in lora.targets:
-        return LoRALinear(din, dout, axes=axes, config=lora, compute=compute, rngs=rngs)
+        adapted = Int8LoRALinear if int8 else LoRALinear
+        return adapted(din, dout, axes=axes, config=lora, compute=compute, rngs=rngs)
+    if int8:
+        return Int8Linear(
+            din,
+            dout,
+            dtype=compute.dtype,
+            kernel_metadata={"axes": axes},
+            bias_metadata={"axes": axes[1:]},
+            rngs=rngs,
+        )
     return layers.dense(din, dout, axes=axes, compute=compute, rngs=rngs)
 
 

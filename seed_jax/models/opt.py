@@ -31,6 +31,7 @@ class OPTConfig:
       pre_norm: normalise before each sublayer. OPT-350M does so after it.
       tied_head: the output layer is the word embeddings' own table.
       dropout: of each sublayer's output, in training.
+      int8: the layers' kernels are held in 8 bits, and can't train; their adapters can.
     """
 
     vocab_size: int = 50_272
@@ -43,6 +44,7 @@ class OPTConfig:
     pre_norm: bool = True
     tied_head: bool = True
     dropout: float = 0.0
+    int8: bool = False
     lora: LoRAConfig = LoRAConfig(rank=0)
 
 
@@ -54,7 +56,14 @@ class Layer(nnx.Module):
 
         def linear(name: str, din: int, dout: int, axes: tuple[str, str]) -> nnx.Linear:
             return lora.linear(
-                name, din, dout, axes=axes, lora=config.lora, compute=compute, rngs=rngs
+                name,
+                din,
+                dout,
+                axes=axes,
+                lora=config.lora,
+                int8=config.int8,
+                compute=compute,
+                rngs=rngs,
             )
 
         self.attention_norm, self.mlp_norm = (

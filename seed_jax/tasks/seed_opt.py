@@ -19,6 +19,7 @@ from seed_jax import base_opt, losses, model_dir
 from seed_jax.cli import UserError
 from seed_jax.data.sequences import CodesTable, PackedPairs, Words
 from seed_jax.data.text import CaptionField, load_tokenizer
+from seed_jax.models import int8
 from seed_jax.models.lora import LoRAConfig
 from seed_jax.models.tokenizer import SeedTokenizer, TokenizerConfig
 from seed_jax.models.visual_opt import VisualOPT, VisualOPTConfig
@@ -62,7 +63,9 @@ class SeedOPTTraining:
         opt = base_opt.read_config(self.base)
         self.text_tokenizer = load_tokenizer(base_opt.tokenizer_folder(self.base))
         self.sizes = VisualOPTConfig(
-            opt=dataclasses.replace(opt, dropout=config.model.dropout, lora=lora),
+            opt=dataclasses.replace(
+                opt, dropout=config.model.dropout, lora=lora, int8=config.model.int8
+            ),
             codes=self.tokenizer_sizes.codebook.size,
             code_dim=self.tokenizer_sizes.codebook.dim,
             picture_codes=self.tokenizer_sizes.encoder.qformer.queries,
@@ -113,7 +116,11 @@ class SeedOPTTraining:
         base = nnx.state(base_opt.load(self.base, compute=visual.opt.compute), nnx.Param)
         own = dict(nnx.to_flat_state(nnx.state(visual.opt, nnx.Param)))
         for path, value in nnx.to_flat_state(base):
-            put(own[path], value[...])
+            if path in own:
+                put(own[path], value[...])
+                continue
+            for name, part in int8.quantize(value[...]).items():
+                put(own[*path[:-1], name], part)
         nnx.update(visual.opt, nnx.from_flat_state(own))
 
     def outputs(
@@ -167,7 +174,7 @@ def fill_in(ids_RT: jax.Array, codes_PQ: jax.Array) -> jax.Array:
     return jnp.where(ids_RT < 0, filled_RT, ids_RT)
 
 
-def put(variable: nnx.Variable, value: jax.Array) -> None:
+def put(variable: nnx.Variable, value: jax.Array | np.ndarray) -> None:
     """Replaces a parameter's value, keeping its type and sharding."""
     old = variable.get_value()
     # A copy: the step takes over the memory of its state, and may not be given any of it twice.
