@@ -40,6 +40,11 @@ def pytest_addoption(parser):
         metavar="DIR",
         help="cases that were run through the original code (default: tests/golden)",
     )
+    parser.addoption(
+        "--every-mesh",
+        action="store_true",
+        help="train on every split of 1, 2, 4 and 8 devices, instead of some",
+    )
 
 
 @pytest.fixture(scope="session")

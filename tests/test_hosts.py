@@ -12,18 +12,21 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
 from flax import nnx
 
-from configs import tiny_causal_qformer, tiny_codebook
+from configs import tiny_causal_qformer, tiny_codebook, tiny_seed_opt
 from seed_jax import SeedTokenizer, hosts
 from seed_jax.cli import UserError
 from seed_jax.data import pipeline
 from seed_jax.data.sources import open_source, write_array_record
+from seed_jax.seed_opt import load_language_model
 from seed_jax.tasks.causal_qformer import CausalQFormer
 from seed_jax.train import train
+from tests import stages
 from tests.test_train import ENVIRONMENT, ROOT, losses, metrics, small
 
 EXPLICIT = {"coordinator": "node001:8476", "num_processes": 4, "process_id": 2}
@@ -225,6 +228,19 @@ def test_two_processes_make_the_model_that_one_makes(tmp_path):
     one, two = (SeedTokenizer.from_pretrained(tmp_path / name / "model") for name in ("one", "two"))
     images = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8)
     np.testing.assert_array_equal(one.encode(images), two.encode(images))
+
+
+def test_two_processes_train_the_language_model_that_one_trains(tmp_path):
+    config, _ = stages.make("seed_opt", tmp_path, **{"data.path": "embedded", "data.split": ""})
+    with Cluster(tmp_path / "two", tiny_seed_opt, config) as cluster:
+        train(config, tmp_path / "one")
+        assert cluster.end() == 0, cluster.said
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5)
+    one, two = (load_language_model(tmp_path / name / "model") for name in ("one", "two"))
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, one.config.vocab_size, (2, 9)))
+    np.testing.assert_allclose(
+        one(ids, jnp.ones_like(ids)), two(ids, jnp.ones_like(ids)), rtol=1e-4, atol=1e-4
+    )
 
 
 ROWS = """

@@ -1,5 +1,6 @@
 """The mesh: what fits on it, and that splitting changes no number."""
 
+import itertools
 from pathlib import Path
 
 import jax
@@ -21,6 +22,16 @@ MESHES = {
     "all axes": {"data": 2, "fsdp": 2, "tensor": 2},
 }
 STEPS = 20
+
+
+def every_mesh() -> dict[str, dict[str, int]]:
+    """All splits of 1, 2, 4 and 8 devices by name; those of `MESHES` have the same ones twice."""
+    powers = (1, 2, 4, 8)
+    return {
+        f"{data} x {fsdp} x {tensor}": {"data": data, "fsdp": fsdp, "tensor": tensor}
+        for data, fsdp, tensor in itertools.product(powers, powers, powers)
+        if data * fsdp * tensor <= 8
+    }
 
 
 def test_minus_one_takes_what_is_left():
@@ -59,12 +70,13 @@ def test_every_large_parameter_of_the_full_model_is_split():
 
 
 @pytest.mark.parametrize("stage", stages.STAGES)
-def test_a_split_changes_no_loss_and_divides_activations(stage, tmp_path):
+def test_a_split_changes_no_loss_and_divides_activations(stage, tmp_path, request):
     config, task = stages.make(stage, tmp_path, steps=STEPS)
     graphdef, start, tx = stages.start(config, task)
     batches = [stages.batch(config, task, number) for number in range(STEPS)]
     runs, memory = [], {}
-    for name, sizes in MESHES.items():
+    every = every_mesh() if request.config.getoption("--every-mesh") else {}
+    for name, sizes in (MESHES | every).items():
         count = int(np.prod(list(sizes.values())))
         mesh = sharding.make_mesh(sizes, jax.devices()[:count])
         current, shardings = stages.place(start, mesh)
