@@ -11,6 +11,7 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from seed_jax.files import replace_text
+from seed_jax.workdir import METRICS
 
 
 class MetricsWriter:
@@ -27,7 +28,7 @@ class MetricsWriter:
         self._last_step = start
         if not active:
             return
-        path = workdir / "metrics.jsonl"
+        path = workdir / METRICS
         _drop_after(path, start)
         self._file: TextIO = path.open("a")
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start)

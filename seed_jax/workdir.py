@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from seed_jax import files, hosts
 from seed_jax.cli import UserError
 
-LOCK, CONFIG = "run.lock", "config.json"
+LOCK, CONFIG, METRICS = "run.lock", "config.json", "metrics.jsonl"
 
 # What may differ between two runs in one workdir: how long, how often, and on which machines.
 FREE_TO_CHANGE = {
@@ -81,7 +81,9 @@ def locked(workdir: Path, option: str = "--workdir") -> Iterator[None]:
 
 def _note(file: Path, wanted: str) -> None:
     """Writes the config, or checks that it is the one that is there."""
-    if file.exists():
+    # A first try that failed before it trained binds nobody.
+    trained = any(file.parent.glob("checkpoints/*")) or (file.parent / METRICS).exists()
+    if trained and file.exists():
         there, new = json.loads(file.read_text()), json.loads(wanted)
         differing = sorted(
             name

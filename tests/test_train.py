@@ -199,6 +199,12 @@ def check_pytorch_draws_alike(folder: Path, drawer: StableDiffusion) -> None:
     np.testing.assert_allclose(ours, 255 * drawn, rtol=0, atol=1)
 
 
+def test_a_config_that_did_not_get_to_train_binds_nobody(tmp_path):
+    for seed in (0, 1):
+        with pytest.raises(UserError, match="does not fit 8 devices"):
+            train(small(tiny_causal_qformer.get_config(), seed=seed, **{"mesh.data": 3}), tmp_path)
+
+
 def test_another_config_in_the_same_workdir_is_refused(stage1):
     config = small(tiny_causal_qformer.get_config(), seed=1)
     with pytest.raises(UserError, match=r"another config .differs in seed."):
