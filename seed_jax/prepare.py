@@ -29,9 +29,9 @@ from tqdm import tqdm
 from seed_jax import cli
 from seed_jax.cli import UserError
 from seed_jax.data import transforms
+from seed_jax.data.batches import live_and_die_with_parent
 from seed_jax.data.inputs import open_parts
 from seed_jax.data.parts import NO_CAPTION, Damaged, Dropped, Part
-from seed_jax.data.pipeline import live_and_die_with_parent
 from seed_jax.data.prepared import FORMAT, REPORT, SHARDS, read_report
 from seed_jax.data.sources import Record, count_rows, write_array_record
 from seed_jax.files import replace_text

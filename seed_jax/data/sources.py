@@ -37,17 +37,21 @@ class Record(TypedDict):
     domain: NotRequired[str]  # NoCaps: how far its things are from those of COCO
 
 
-class Source(Protocol):
-    """Records by number; whatever reading one raises, its picture counts as unreadable."""
+class Records(Protocol):
+    """How many records there are, and what to call them."""
 
     path: str
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Record: ...
-
     def name(self, index: int) -> str:
         """What to call a record in front of the user, even one that can't be read."""
+
+
+class Source(Records, Protocol):
+    """Records by number; whatever reading one raises, its picture counts as unreadable."""
+
+    def __getitem__(self, index: int) -> Record: ...
 
 
 def open_source(path: str | Path, split: str | None = None, *, captions: bool = True) -> Source:
