@@ -6,6 +6,7 @@ anything that reads JSON lines, joined and split, and codes of two models never 
 
 With `--format array_record` or `parquet`, --output is a folder of shards instead, which many
 processes may fill together; see `shard_pass.py` for how, and `data/codes.py` for what is in them.
+With `--features` it is one of what stage 2 trains from; see `feature_pass.py`.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from seed_jax.data import codes, pipeline
 from seed_jax.data.codes import Codes
 from seed_jax.data.sources import PICTURE_SUFFIXES, Part, Record, Source, open_source
 from seed_jax.models.tokenizer import SeedTokenizer
+from seed_jax.tasks import PRECISIONS
 
 JSONL = "jsonl"
 LIST_SUFFIX = ".txt"
@@ -230,11 +232,67 @@ def write_lines(args: argparse.Namespace, source: Source, model_hash: str) -> No
     print(f"wrote the codes of {written} pictures to {args.output}")
 
 
+def add_feature_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that go with --features; their defaults are the paper's recipe."""
+    group = parser.add_argument_group(
+        "features", "what stage 2 trains from without running stage 1 and the text encoder"
+    )
+    group.add_argument(
+        "--features",
+        action="store_true",
+        help="write these instead of codes; --model is then one of stage 1, the pictures need "
+        "captions, and --output is a folder",
+    )
+    group.add_argument(
+        "--teacher",
+        metavar="DIR",
+        help="the Stable Diffusion directory or hub name whose text encoder stage 2 has as "
+        "config.teacher; '' is the packaged one",
+    )
+    group.add_argument(
+        "--views",
+        type=inference.positive,
+        default=4,
+        metavar="N",
+        help="crops of each picture, each with a caption drawn for it (%(default)s)",
+    )
+    group.add_argument("--seed", type=int, default=0, help="of the views (%(default)s)")
+    group.add_argument(
+        "--crop-scale",
+        type=float,
+        nargs="*",
+        default=(0.5, 1.0),
+        metavar="SHARE",
+        help="the least and the largest share of a picture that a crop covers (0.5 1.0); without "
+        "numbers, whole pictures",
+    )
+    group.add_argument("--no-flip", action="store_true", help="don't mirror half of the views")
+    group.add_argument(
+        "--max-tags", type=int, default=0, metavar="N", help="tags drawn onto a caption (0)"
+    )
+    group.add_argument(
+        "--drop-caption",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="share of the captions with tags that are tags alone (0)",
+    )
+    group.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="float32",
+        help="that the networks run in (%(default)s); what is written is float16",
+    )
+    group.add_argument(
+        "--workers", type=int, default=0, metavar="N", help="processes that read pictures (0)"
+    )
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m seed_jax.tokenize",
-        description="Turns pictures into visual codes. The same command again goes on where it "
-        "stopped.",
+        description="Turns pictures into visual codes, or into what stage 2 trains from. The same "
+        "command again goes on where it stopped.",
     )
     inference.add_arguments(parser)
     add_images_argument(parser)
@@ -260,7 +318,15 @@ def main(argv: list[str] | None = None) -> None:
         help="stop when more than this share of the pictures can't be read (0.01)",
     )
     shard_pass.add_arguments(parser)
-    tokenize(parser.parse_args(argv))
+    add_feature_arguments(parser)
+    args = parser.parse_args(argv)
+    if args.features:
+        # It needs transformers, which takes seconds to import.
+        from seed_jax import feature_pass
+
+        feature_pass.run(args)
+    else:
+        tokenize(args)
 
 
 if __name__ == "__main__":

@@ -216,4 +216,4 @@ def test_features_take_the_frozen_networks_out_of_the_step(tmp_path):
         cost.work(one.trace(*given).jaxpr.jaxpr).flops
         for one, given in ((plain_step, (plain_current, plain_batch)), (step, (current, batch)))
     ]
-    assert flops[0] - flops[1] == cost.work(frozen.jaxpr).flops > flops[1]
+    assert flops[0] - flops[1] == cost.work(frozen.jaxpr).flops > 0

@@ -281,8 +281,8 @@ class Codebook:
 
     def save(self, model: TeachedTokenizer, path: Path) -> None:
         if self.features:
-            # As it would be held beside what trains.
-            model.tokenizer.encoder = model_dir.load(
+            # In the type that it would be held in beside what trains.
+            encoder = model_dir.load(
                 self.config.init,
                 causal_qformer.KIND,
                 EncoderConfig,
@@ -290,6 +290,9 @@ class Codebook:
                 compute_of(self.config),
                 stored=PRECISIONS[self.config.precision],
             )
+            graphdef, params = nnx.split(encoder)
+            # Of several processes one writes, and from a device it may write only what all hold.
+            model.tokenizer.encoder = nnx.merge(graphdef, jax.tree.map(np.asarray, params))
         model_dir.save(
             path,
             kind=KIND,
