@@ -24,6 +24,7 @@ from PIL import Image
 
 from seed_jax import prepare
 from seed_jax.data import pipeline, transforms
+from seed_jax.data.batches import READ_AHEAD
 from seed_jax.data.sources import open_source
 
 SIDES = (640, 480)
@@ -98,7 +99,7 @@ def theirs(tars: list[str], args: argparse.Namespace) -> Iterator[np.ndarray]:
         pictures,
         batch_size=None,
         num_workers=args.workers,
-        prefetch_factor=pipeline.READ_AHEAD if args.workers else None,
+        prefetch_factor=READ_AHEAD if args.workers else None,
     )
     for batch in loader:
         yield np.asarray(batch)

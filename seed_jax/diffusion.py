@@ -310,9 +310,7 @@ class StableDiffusion:
 
 
 def _load_text(path: str, compute: Compute) -> tuple[TextTeacher, TextField]:
-    config = teacher.load_config(path)
+    encoder = clip_weights.open_text_encoder(path, compute)
     folder, subfolder = teacher.locate(path, "tokenizer")
     tokenizer = load_tokenizer(folder, subfolder=subfolder)
-    encoder = nnx.eval_shape(lambda: TextTeacher(config, compute=compute, rngs=nnx.Rngs(0)))
-    clip_weights.load_text_encoder(encoder, path)
-    return encoder, TextField(tokenizer, config.max_position_embeddings)
+    return encoder, TextField(tokenizer, encoder.config.max_position_embeddings)

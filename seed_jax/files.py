@@ -1,16 +1,38 @@
 """Files and folders that are there whole or not at all, and telling whether they still are."""
 
 import contextlib
+import os
 import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 
+def partial_of(file: Path) -> Path:
+    """Where this process, and no other, writes what will take a file's place."""
+    return file.with_name(f".{file.name}.{socket.gethostname()}-{os.getpid()}.partial")
+
+
 def replace_text(file: Path, text: str) -> None:
     """Writes a file anew such that a reader, or a kill, finds the old text or the new one."""
-    partial = file.with_name(f".{file.name}.partial")
+    partial = partial_of(file)
     partial.write_text(text)
     partial.replace(file)
+
+
+def claim_text(file: Path, text: str) -> None:
+    """Writes a file if there is none; of several processes at once, the first one's text stays."""
+    partial = partial_of(file)
+    partial.write_text(text)
+    try:
+        os.link(partial, file)
+    except FileExistsError:
+        pass
+    except OSError:  # no links on this file system
+        if not file.exists():
+            partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

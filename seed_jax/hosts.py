@@ -57,20 +57,11 @@ def find(flag_values: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str
     """
     if flag_values.get("discover") or "," in environ.get("TPU_WORKER_HOSTNAMES", ""):
         return {}
-    slurm = int(environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1
-    names = {
-        "coordinator": ("JAX_COORDINATOR_ADDRESS",),
-        "num_processes": ("JAX_NUM_PROCESSES", *["SLURM_STEP_NUM_TASKS"] * slurm),
-        "process_id": ("JAX_PROCESS_ID", "JOB_COMPLETION_INDEX", *["SLURM_PROCID"] * slurm),
-    }
-    known: dict[str, Any] = {}
-    for name, variables in names.items():
-        values = [flag_values.get(name), *map(environ.get, variables)]
-        known[name] = next((value for value in values if value not in (None, "")), None)
+    known = _known(flag_values, environ)
     coordinator, count, index = known.values()
     if coordinator is None and count is None:
         return None
-    if coordinator is None and slurm:
+    if coordinator is None and _in_slurm(environ):
         return {}
     missing = [f"--{name}" for name, value in known.items() if value is None]
     if missing:
@@ -81,18 +72,66 @@ def find(flag_values: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str
     _, colon, port = str(coordinator).rpartition(":")
     if not (colon and port.isdecimal()):
         raise UserError(f"--coordinator={coordinator} must be HOST:PORT, such as node001:8476")
-    try:
-        count, index = int(count), int(index)
-    except ValueError:
-        raise UserError(f"{count!r} processes of which this is {index!r}: not numbers") from None
-    if not 0 <= index < count:
-        raise UserError(f"--process_id={index} must be from 0 to {count - 1}, one each process")
+    index, count = _checked(index, count)
     return {
         "coordinator_address": coordinator,
         "num_processes": count,
         "process_id": index,
         "cluster_detection_method": "deactivate",  # of devices too: a process takes all it sees
     }
+
+
+def share(index: int | None, count: int | None, environ: Mapping[str, str]) -> tuple[int, int]:
+    """This process's number, and how many there are, of work that needs no word between them.
+
+    Each comes from, in this order: the argument, unless it is None; JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID; JOB_COMPLETION_INDEX; SLURM's variables; those of GKE's TPU slices. Where
+    nothing says how many there are, this one does it all.
+
+    Raises:
+      UserError: one of the two is lacking, or they can't be.
+    """
+    known = _known({"num_processes": count, "process_id": index}, environ)
+    number, total = known["process_id"], known["num_processes"]
+    workers = environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
+    if total is None and len(workers) > 1:
+        total = len(workers)
+        number = environ.get("TPU_WORKER_ID") if number is None else number
+    if total is None and index is None:
+        return 0, 1
+    if total is None or number is None:
+        lacking = "num_processes" if total is None else "process_id"
+        raise UserError(f"--{lacking} must be given too: which of how many processes this is")
+    return _checked(number, total)
+
+
+def _known(flag_values: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
+    """Coordinator, number and index, each None if nobody said."""
+    slurm = _in_slurm(environ)
+    names = {
+        "coordinator": ("JAX_COORDINATOR_ADDRESS",),
+        "num_processes": ("JAX_NUM_PROCESSES", *["SLURM_STEP_NUM_TASKS"] * slurm),
+        "process_id": ("JAX_PROCESS_ID", "JOB_COMPLETION_INDEX", *["SLURM_PROCID"] * slurm),
+    }
+    known: dict[str, Any] = {}
+    for name, variables in names.items():
+        values = [flag_values.get(name), *map(environ.get, variables)]
+        known[name] = next((value for value in values if value not in (None, "")), None)
+    return known
+
+
+def _in_slurm(environ: Mapping[str, str]) -> bool:
+    return int(environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1
+
+
+def _checked(index: Any, count: Any) -> tuple[int, int]:
+    try:
+        count, index = int(count), int(index)
+    except ValueError:
+        raise UserError(f"{count!r} processes of which this is {index!r}: not numbers") from None
+    if not 0 <= index < count:
+        raise UserError(f"--process_id={index} must be from 0 to {count - 1}, one each process")
+    return index, count
 
 
 @contextlib.contextmanager

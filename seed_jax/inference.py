@@ -5,7 +5,7 @@ Shapes: B batch, P pictures, C captions, T tokens, E contrastive width, Q codes 
 
 import argparse
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from seed_jax.data.text import TextField, choose_caption, load_tokenizer
 from seed_jax.models.layers import Array, Compute
 from seed_jax.models.tokenizer import CausalEncoder, EncoderConfig, SeedTokenizer
 from seed_jax.tasks import causal_qformer
+
+NAMED_IN_ERROR = 3
 
 
 class Runner:
@@ -184,6 +186,16 @@ def report_unreadable(names: list[str]) -> None:
     if names:
         print(f"{len(names)} pictures could not be read and were skipped:")
         print("\n".join(f"  {name}" for name in names))
+
+
+def check_unreadable(names: Sequence[str], path: str, total: int, share: float) -> None:
+    """Raises a UserError if more than a share of the `total` pictures of `path` can't be read."""
+    if len(names) > share * total:
+        shown = ", ".join(names[:NAMED_IN_ERROR]) + (", …" if names[NAMED_IN_ERROR:] else "")
+        raise UserError(
+            f"{path}: {len(names)} of {total} pictures can't be read: {shown}; mend or remove "
+            f"them, or allow more than --max-unreadable={share:g}"
+        )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

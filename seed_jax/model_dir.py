@@ -13,7 +13,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -143,8 +143,11 @@ def load(
     return nnx.merge(graphdef, unflatten_params(state, restore_params(path, target)))
 
 
-def load_into(module: nnx.Module, path: str | Path, kind: str) -> None:
+def load_into(module: nnx.Module, path: str | Path, kind: str, *, all_of_it: bool = True) -> None:
     """Replaces a module's parameters by a directory's, keeping shardings and types.
+
+    Args:
+      all_of_it: False: the directory may hold more than the module has.
 
     Raises:
       UserError: see `load_config`; or the parameters do not fit the module.
@@ -154,7 +157,8 @@ def load_into(module: nnx.Module, path: str | Path, kind: str) -> None:
     target = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), flat_params(state)
     )
-    nnx.update(module, unflatten_params(state, restore_params(path, target)))
+    loaded = restore_params(path, target, all_of_it=all_of_it)
+    nnx.update(module, unflatten_params(state, loaded))
 
 
 def load_part(
@@ -205,14 +209,16 @@ def replace_params(module: nnx.Module, params: nnx.State) -> None:
 
 
 def restore_params(
-    path: str | Path, target: dict[str, jax.ShapeDtypeStruct]
+    path: str | Path, target: dict[str, jax.ShapeDtypeStruct], *, all_of_it: bool = True
 ) -> dict[str, jax.Array]:
     """The parameters named in `target`, in its shapes, types and shardings.
 
     Raises:
-      UserError: a parameter is missing, unexpected or of another shape.
+      UserError: a parameter is missing, of another shape or, of `all_of_it`, unexpected.
     """
-    check_params(path, stored_shapes(path), target)
+    stored = stored_shapes(path)
+    kept = {name: shape for name, shape in stored.items() if all_of_it or name in target}
+    check_params(path, kept, target)
     restored: dict[str, jax.Array] = {}
     for part in _parts(target):
         restored |= _restore(path, part)
@@ -335,7 +341,7 @@ def unflatten_params(state: nnx.State, flat: dict[str, Any]) -> nnx.State:
     )
 
 
-def content_hash(params: dict[str, jax.Array]) -> str:
+def content_hash(params: Mapping[str, Any]) -> str:
     """SHA-256 of names, types, shapes and values: the same for the same weights, however stored."""
     digest = hashlib.sha256()
     for name in sorted(params):

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict, config_flags
 
 from seed_jax import cli, sharding, state
 from seed_jax.cli import UserError
-from seed_jax.data import pipeline
+from seed_jax.data import features, pipeline
 from seed_jax.models import layers
 from seed_jax.planning import cost, stand_ins, targets
 from seed_jax.planning.cost import Collective, Efficiency, Work
@@ -98,12 +98,16 @@ def abstract_step(config: ConfigDict, mesh: Mesh) -> tuple[jax.stages.Wrapped, A
     current = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
     )
-    split = sharding.batch_sharding(mesh)
+    split, rows = sharding.batch_sharding(mesh), config.batch_size
+    if folder := config.data.get("features"):
+        batch_shapes = features.train_shapes(features.read_settings(folder), rows)
+    else:
+        batch_shapes = pipeline.train_shapes(
+            batch_size=rows, image_size=config.image_size, texts=task.text_fields()
+        )
     batch = {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=split)
-        for name, (shape, dtype) in pipeline.train_shapes(
-            batch_size=config.batch_size, image_size=config.image_size, texts=task.text_fields()
-        ).items()
+        for name, (shape, dtype) in batch_shapes.items()
     }
     step = state.make_train_step(task, graphdef, tx, config, shardings)
     return cast(jax.stages.Wrapped, step), current, batch

@@ -29,13 +29,13 @@ from tqdm import tqdm
 from seed_jax import cli
 from seed_jax.cli import UserError
 from seed_jax.data import transforms
+from seed_jax.data.batches import live_and_die_with_parent
 from seed_jax.data.inputs import open_parts
 from seed_jax.data.parts import NO_CAPTION, Damaged, Dropped, Part
-from seed_jax.data.pipeline import live_and_die_with_parent
-from seed_jax.data.prepared import FORMAT, REPORT, SHARDS, read_report
-from seed_jax.data.sources import Record, count_rows, write_array_record
+from seed_jax.data.prepared import FORMAT, REPORT, read_report
+from seed_jax.data.sources import Record, write_array_record
 from seed_jax.files import replace_text
-from seed_jax.workdir import LOCK, lack_of_room, locked
+from seed_jax.workdir import LOCK, lack_of_room, locked, shard_not_written
 
 UNREADABLE, TOO_SMALL, OTHER_SPLIT = "unreadable", "too small", "other split"
 DAMAGED = ("stop", "keep", "skip")
@@ -102,9 +102,6 @@ def write_shard(
         if damage and damaged == "skip":
             count, dropped = 0, []
         if count:
-            # The writer doesn't tell of every failure.
-            if (there := count_rows(partial)) != count:
-                raise OSError(f"{partial} holds {there} of {count} records")
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
         entry = {
@@ -126,11 +123,7 @@ def write_shard(
         return entry
     except (OSError, RuntimeError, UserError) as error:
         partial.unlink(missing_ok=True)
-        what = lack_of_room(error) or str(error)
-        raise UserError(
-            f"{folder / name} can't be written ({what}); make room there and run the same command "
-            "again, which goes on with this shard"
-        ) from None
+        raise shard_not_written(folder / name, lack_of_room(error) or str(error)) from None
 
 
 def _checked(found: Record | Dropped, options: Options) -> Record | Dropped:
@@ -216,7 +209,7 @@ def _finished(folder: Path, parts: list[Part], damaged: str) -> dict[int, dict[s
 def _left_over(folder: Path, parts: list[Part]) -> list[Path]:
     """Files of parts that the input has no more, and of writers that were killed."""
     stems = {_stem(number) for number in range(len(parts))}
-    ours = [*folder.glob(SHARDS), *(folder / JOURNAL).glob("shard-*.json")]
+    ours = [*folder.glob("*.array_record"), *(folder / JOURNAL).glob("shard-*.json")]
     return [file for file in ours if file.stem not in stems] + list(folder.glob(".shard-*.partial"))
 
 

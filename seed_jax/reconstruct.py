@@ -5,7 +5,6 @@ OUTPUT lies a PNG for each, under its own name, and sheet.png with the originals
 """
 
 import argparse
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -15,23 +14,21 @@ from PIL import Image
 from tqdm import tqdm
 
 from seed_jax import cli, drawing, inference, model_dir
-from seed_jax.cli import UserError
-from seed_jax.data import pipeline
+from seed_jax.data import codes, pipeline
 from seed_jax.data.sources import PICTURE_SUFFIXES, Source
 from seed_jax.drawing import Shown
 from seed_jax.models.tokenizer import SeedTokenizer
-from seed_jax.tokenize import HASH_DIGITS, add_images_argument, open_pictures
+from seed_jax.tokenize import add_images_argument, open_pictures
 
-CODES_SUFFIX = ".jsonl"
 ON_SHEET = 24
 
 
-class Codes(NamedTuple):
+class Batch(NamedTuple):
     """A batch of pictures as codes.
 
     Attributes:
       names: what the pictures are called.
-      codes_BQ: int32.
+      codes_BQ: integers.
       originals: the pictures; None where only codes are at hand.
     """
 
@@ -40,40 +37,29 @@ class Codes(NamedTuple):
     originals: list[np.ndarray | None]
 
 
-def read_codes(path: Path, model: SeedTokenizer, model_hash: str, batch: int) -> list[Codes]:
-    """Batches of the lines that `seed_jax.tokenize` wrote.
+class ReadCodes:
+    """Codes that lie on disk, in batches."""
 
-    Raises:
-      UserError: a line is no line of codes, has another number of them, or codes that the model's
-        codebook does not have; or another model wrote it.
-    """
-    queries, size = model.config.encoder.qformer.queries, model.config.codebook.size
-    names, rows = [], []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        where = f"{path}:{number}"
-        try:
-            entry = json.loads(line)
-            name, codes = str(entry["image"]), [int(code) for code in entry["codes"]]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(
-                f'{where} is no line of codes, {{"image": name, "codes": [integers]}}'
-            ) from None
-        if len(codes) != queries:
-            raise UserError(f"{where} has {len(codes)} codes; this model makes {queries} a picture")
-        if wrong := [code for code in codes if not 0 <= code < size]:
-            raise UserError(f"{where}: there is no code {wrong[0]}; they go from 0 to {size - 1}")
-        if entry.get("model", model_hash) != model_hash:
-            raise UserError(
-                f"{where} was written with another model ({entry['model']}, this is {model_hash}), "
-                "whose codes mean other things; name that one as --model"
-            )
-        names.append(name)
-        rows.append(codes)
-    if not rows:
-        raise UserError(f"{path} holds no codes; seed_jax.tokenize writes them")
-    starts = range(0, len(rows), batch)
-    parts = [(names[i : i + batch], np.array(rows[i : i + batch], np.int32)) for i in starts]
-    return [Codes(part, codes_BQ, [None] * len(part)) for part, codes_BQ in parts]
+    def __init__(self, path: Path, model: SeedTokenizer, model_hash: str, *, batch: int):
+        """Reads them all, so that a mistake among them shows before the work.
+
+        Raises:
+          UserError: see `codes.read`.
+        """
+        queries, size = model.config.encoder.qformer.queries, model.config.codebook.size
+        parts = [*codes.read(path, model_hash, queries=queries, size=size, unsigned=True)]
+        self._names = [name for part in parts for name in part.names]
+        self._codes_PQ = np.concatenate([part.codes_PQ for part in parts])
+        self._batch = batch
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for start in range(0, len(self), self._batch):
+            names = self._names[start : start + self._batch]
+            codes_BQ = self._codes_PQ[start : start + self._batch]
+            yield Batch(names, codes_BQ, [None] * len(names))
 
 
 class PictureCodes:
@@ -87,12 +73,12 @@ class PictureCodes:
     def __len__(self) -> int:
         return len(self._source)
 
-    def __iter__(self) -> Iterator[Codes]:
+    def __iter__(self) -> Iterator[Batch]:
         for batch in self._batches:
             codes_BQ = np.asarray(self._encode(batch["image"]))[batch["valid"]]
             indices = batch["index"][batch["valid"]].tolist()
             names = [self._source.name(i) for i in indices]
-            yield Codes(names, codes_BQ, list(batch["image"][batch["valid"]]))
+            yield Batch(names, codes_BQ, list(batch["image"][batch["valid"]]))
         inference.report_unreadable(self._batches.unreadable)
 
 
@@ -102,29 +88,29 @@ def reconstruct(args: argparse.Namespace) -> None:
     Raises:
       UserError: bad paths or codes, or models that do not fit one another.
     """
-    model_hash = model_dir.describe(args.model)["content_hash"][:HASH_DIGITS]
+    model_hash = model_dir.describe(args.model)["content_hash"]
     model = SeedTokenizer.from_pretrained(args.model)
     diffusion = drawing.open_diffusion(args, model, args.model)
     runner = inference.Runner(model)
     batch = runner.batch_size(args.batch_size)
-    if args.images.suffix == CODES_SUFFIX:
-        batches: list[Codes] | PictureCodes = read_codes(args.images, model, model_hash, batch)
-        total = sum(len(part.names) for part in batches)
+    batches: ReadCodes | PictureCodes
+    if codes.are_at(args.images):
+        batches = ReadCodes(args.images, model, model_hash, batch=batch)
     else:
         source = open_pictures(args.images, args.split)
         side = model.config.encoder.vit.image_size
         batch = runner.batch_size(min(args.batch_size, len(source)))  # pads few pictures to few
         batches = PictureCodes(source, runner, batch=batch, image_size=side)
-        total = len(batches)
     embed = runner.compile(SeedTokenizer.embed)
 
     shown: list[Shown] = []
     drawn = 0
-    with tqdm(total=total, unit="picture", dynamic_ncols=True) as bar:
+    with tqdm(total=len(batches), unit="picture", dynamic_ncols=True) as bar:
         for part in batches:
             count = len(part.names)
             # Padded, so that one shape is compiled.
-            codes_BQ = np.pad(part.codes_BQ, ((0, batch - count), (0, 0)), mode="edge")
+            rows = ((0, batch - count), (0, 0))
+            codes_BQ = np.pad(part.codes_BQ.astype(np.int32), rows, mode="edge")
             pictures = np.asarray(
                 diffusion.draw(
                     embed(codes_BQ), seed=args.seed, first=drawn, **drawing.settings(args)
@@ -161,7 +147,7 @@ def main(argv: list[str] | None = None) -> None:
         description="Turns pictures into codes and draws them again with Stable Diffusion.",
     )
     inference.add_arguments(parser)
-    add_images_argument(parser, or_else="; or the codes.jsonl that seed_jax.tokenize wrote")
+    add_images_argument(parser, or_else="; or the codes that seed_jax.tokenize wrote")
     parser.add_argument(
         "--output", required=True, type=output_folder, metavar="DIR", help="where drawings go"
     )

@@ -3,26 +3,30 @@
 A line a picture: {"image": "cats/1.png", "codes": [32 integers], "model": "5f0c…"}. Each line names
 the model's content hash, rather than a header doing so: lines that are all alike can be loaded by
 anything that reads JSON lines, joined and split, and codes of two models never mix unseen.
+
+With `--format array_record` or `parquet`, --output is a folder of shards instead, which many
+processes may fill together; see `shard_pass.py` for how, and `data/codes.py` for what is in them.
+With `--features` it is one of what stage 2 trains from; see `feature_pass.py`.
 """
 
 import argparse
-import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from seed_jax import cli, inference, model_dir
+from seed_jax import cli, inference, model_dir, shard_pass
 from seed_jax.cli import UserError
-from seed_jax.data import pipeline
-from seed_jax.data.sources import PICTURE_SUFFIXES, Record, Source, open_source
+from seed_jax.data import codes, pipeline
+from seed_jax.data.codes import Codes
+from seed_jax.data.sources import PICTURE_SUFFIXES, Part, Record, Source, open_source
 from seed_jax.models.tokenizer import SeedTokenizer
+from seed_jax.tasks import PRECISIONS
 
+JSONL = "jsonl"
 LIST_SUFFIX = ".txt"
-HASH_DIGITS = 16
-NAMED_IN_ERROR = 3
 
 
 def add_images_argument(parser: argparse.ArgumentParser, *, or_else: str = "") -> None:
@@ -56,24 +60,6 @@ class PictureFiles:
 
     def name(self, index: int) -> str:
         return self._names[index]
-
-
-class Part:
-    """Some of a source's records."""
-
-    def __init__(self, source: Source, indices: list[int]):
-        self.path = source.path
-        self._source = source
-        self._indices = indices
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def __getitem__(self, index: int) -> Record:
-        return self._source[self._indices[index]]
-
-    def name(self, index: int) -> str:
-        return self._source.name(self._indices[index])
 
 
 def open_pictures(path: Path, split: str | None) -> Source:
@@ -129,83 +115,200 @@ def written_already(output: Path, model: str) -> set[str]:
     return done
 
 
+class Encoder:
+    """A model on this process's devices, that turns pictures into codes."""
+
+    def __init__(self, model: SeedTokenizer, batch_size: int):
+        self._image_size = model.config.encoder.vit.image_size
+        self.queries = model.config.encoder.qformer.queries
+        runner = inference.Runner(model)
+        self._batch_size = runner.batch_size(batch_size)
+        self._encode = runner.compile(SeedTokenizer.encode)
+
+    def codes(self, pictures: Source, tell: Callable[[int, list[str]], None]) -> Iterator[Codes]:
+        """Batches of codes; after each, `tell` gets how many pictures were read, and which not."""
+        batches = pipeline.eval_batches(
+            pictures,
+            batch_size=self._batch_size,
+            image_size=self._image_size,
+            max_unreadable=None,  # as a share of all pictures, which `tell` knows
+        )
+        read = 0
+        for batch in batches:
+            valid = batch["valid"]
+            codes_BQ = np.asarray(self._encode(batch["image"]))[valid]
+            names = [pictures.name(int(index)) for index in batch["index"][valid]]
+            yield Codes(names, codes_BQ)
+            read += int((batch["index"] >= 0).sum())
+            tell(read, batches.unreadable)
+
+
 def tokenize(args: argparse.Namespace) -> None:
-    """Appends a line for each picture that the output doesn't hold yet.
+    """Writes the codes of all pictures that the output doesn't hold yet.
 
     Raises:
       UserError: bad paths, another model's output, or too many pictures that can't be read; what
         was written until then stays.
     """
-    model_hash = model_dir.describe(args.model)["content_hash"][:HASH_DIGITS]
+    share = shard_pass.share(args)
+    if args.format == JSONL:
+        if args.output.is_dir():
+            raise UserError(
+                f"--output {args.output} is a folder; name a file, or give --format array_record "
+                "or parquet"
+            )
+        if share[1] > 1:
+            raise UserError(
+                f"{args.output} can be written by one process alone, not by {share[1]}; give "
+                "--format array_record or parquet"
+            )
+    elif args.output.suffix == codes.LINES:
+        raise UserError(f"--format {args.format} writes a folder; --output {args.output} is none")
+    model_hash = model_dir.describe(args.model)["content_hash"][: codes.HASH_DIGITS]
     source = open_pictures(args.images, args.split)
+    if args.format == JSONL:
+        write_lines(args, source, model_hash)
+        return
+    work = shard_pass.Pass(
+        args.output,
+        codes.FORMAT,
+        content="codes",
+        suffix=f".{args.format}",
+        source=source,
+        settings={"model": model_hash, "split": args.split},
+        records_per_shard=args.records_per_shard,
+        max_unreadable=args.max_unreadable,
+    )
+
+    def start() -> shard_pass.Write:
+        encoder = Encoder(SeedTokenizer.from_pretrained(args.model), args.batch_size)
+        write_codes = codes.WRITERS[args.format]
+
+        def write(shard: shard_pass.Shard) -> shard_pass.Written:
+            unreadable: list[str] = []
+
+            def tell(read: int, not_read: list[str]) -> None:
+                unreadable[:] = not_read
+                shard.tell(read, not_read)
+
+            made = encoder.codes(Part(source, shard.numbers), tell)
+            records = write_codes(shard.path, made, model=model_hash, queries=encoder.queries)
+            return shard_pass.Written(records, unreadable)
+
+        return write
+
+    shard_pass.run(work, share, start)
+
+
+def write_lines(args: argparse.Namespace, source: Source, model_hash: str) -> None:
+    """Appends a line for each picture that the file doesn't hold yet."""
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     done = written_already(args.output, model_hash)
     missing = [i for i in range(len(source)) if source.name(i) not in done] if done else None
     if missing == []:
         print(f"{args.output} holds the codes of all {len(source)} pictures already")
         return
     part = source if missing is None else Part(source, missing)
-
-    model = SeedTokenizer.from_pretrained(args.model)
-    runner = inference.Runner(model)
-    encode = runner.compile(SeedTokenizer.encode)
-    batches = pipeline.eval_batches(
-        part,
-        batch_size=runner.batch_size(args.batch_size),
-        image_size=model.config.encoder.vit.image_size,
-        max_unreadable=1.0,  # checked below, as a share of all pictures and after writing the rest
-    )
+    before = len(source) - len(part)
+    encoder = Encoder(SeedTokenizer.from_pretrained(args.model), args.batch_size)
+    written, unreadable = 0, list[str]()
     with (
         args.output.open("a") as file,
-        tqdm(
-            total=len(source), initial=len(source) - len(part), unit="picture", dynamic_ncols=True
-        ) as bar,
+        tqdm(total=len(source), initial=before, unit="picture", dynamic_ncols=True) as bar,
     ):
-        for batch in _to_the_end(batches):
-            valid = batch["valid"]
-            codes_BQ = np.asarray(encode(batch["image"]))
-            for index, codes in zip(batch["index"][valid], codes_BQ[valid], strict=True):
-                line = {"image": part.name(int(index)), "codes": codes.tolist()}
-                file.write(json.dumps(line | {"model": model_hash}) + "\n")
+
+        def tell(read: int, not_read: list[str]) -> None:
             file.flush()
-            bar.update(int(valid.sum()))
-            check_unreadable(batches.unreadable, source, args.max_unreadable)
-    check_unreadable(batches.unreadable, source, args.max_unreadable)
-    inference.report_unreadable(batches.unreadable)
-    written = len(part) - len(batches.unreadable)
+            bar.update(before + read - bar.n)
+            unreadable[:] = not_read
+            inference.check_unreadable(not_read, source.path, len(source), args.max_unreadable)
+
+        for made in encoder.codes(part, tell):
+            for name, codes_Q in zip(made.names, made.codes_PQ.tolist(), strict=True):
+                line = {"image": name, "codes": codes_Q, "model": model_hash}
+                file.write(json.dumps(line) + "\n")
+            written += len(made.names)
+    inference.report_unreadable(unreadable)
     print(f"wrote the codes of {written} pictures to {args.output}")
 
 
-def _to_the_end(batches: pipeline.PipelineIterator) -> Iterator[pipeline.Batch]:
-    # The pipeline raises where nothing at all can be read, but what an earlier run left over may
-    # well be its few unreadable pictures.
-    with contextlib.suppress(UserError):
-        yield from batches
-
-
-def check_unreadable(names: list[str], source: Source, share: float) -> None:
-    """Raises a UserError if more than a share of a source's pictures can't be read."""
-    if len(names) > share * len(source):
-        shown = ", ".join(names[:NAMED_IN_ERROR]) + (", …" if names[NAMED_IN_ERROR:] else "")
-        raise UserError(
-            f"{source.path}: {len(names)} of {len(source)} pictures can't be read: {shown}; mend "
-            f"or remove them, or allow more than --max-unreadable={share:g}"
-        )
+def add_feature_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that go with --features; their defaults are the paper's recipe."""
+    group = parser.add_argument_group(
+        "features", "what stage 2 trains from without running stage 1 and the text encoder"
+    )
+    group.add_argument(
+        "--features",
+        action="store_true",
+        help="write these instead of codes; --model is then one of stage 1, the pictures need "
+        "captions, and --output is a folder",
+    )
+    group.add_argument(
+        "--teacher",
+        metavar="DIR",
+        help="the Stable Diffusion directory or hub name whose text encoder stage 2 has as "
+        "config.teacher; '' is the packaged one",
+    )
+    group.add_argument(
+        "--views",
+        type=inference.positive,
+        default=4,
+        metavar="N",
+        help="crops of each picture, each with a caption drawn for it (%(default)s)",
+    )
+    group.add_argument("--seed", type=int, default=0, help="of the views (%(default)s)")
+    group.add_argument(
+        "--crop-scale",
+        type=float,
+        nargs="*",
+        default=(0.5, 1.0),
+        metavar="SHARE",
+        help="the least and the largest share of a picture that a crop covers (0.5 1.0); without "
+        "numbers, whole pictures",
+    )
+    group.add_argument("--no-flip", action="store_true", help="don't mirror half of the views")
+    group.add_argument(
+        "--max-tags", type=int, default=0, metavar="N", help="tags drawn onto a caption (0)"
+    )
+    group.add_argument(
+        "--drop-caption",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="share of the captions with tags that are tags alone (0)",
+    )
+    group.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="float32",
+        help="that the networks run in (%(default)s); what is written is float16",
+    )
+    group.add_argument(
+        "--workers", type=int, default=0, metavar="N", help="processes that read pictures (0)"
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m seed_jax.tokenize",
-        description="Turns pictures into visual codes, a JSON object a line. The same command "
-        "again goes on where it stopped.",
+        description="Turns pictures into visual codes, or into what stage 2 trains from. The same "
+        "command again goes on where it stopped.",
     )
     inference.add_arguments(parser)
     add_images_argument(parser)
     parser.add_argument(
         "--output",
         required=True,
-        type=inference.output_file,
-        metavar="FILE",
-        help="where the lines go, such as codes.jsonl",
+        type=Path,
+        metavar="PATH",
+        help="where the codes go: a file such as codes.jsonl, or a folder for --format "
+        "array_record and parquet",
+    )
+    parser.add_argument(
+        "--format",
+        choices=(JSONL, *codes.WRITERS),
+        default=JSONL,
+        help="a JSON object a line; or shards, which many processes can write (%(default)s)",
     )
     parser.add_argument(
         "--max-unreadable",
@@ -214,7 +317,16 @@ def main(argv: list[str] | None = None) -> None:
         metavar="SHARE",
         help="stop when more than this share of the pictures can't be read (0.01)",
     )
-    tokenize(parser.parse_args(argv))
+    shard_pass.add_arguments(parser)
+    add_feature_arguments(parser)
+    args = parser.parse_args(argv)
+    if args.features:
+        # It needs transformers, which takes seconds to import.
+        from seed_jax import feature_pass
+
+        feature_pass.run(args)
+    else:
+        tokenize(args)
 
 
 if __name__ == "__main__":

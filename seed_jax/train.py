@@ -23,8 +23,9 @@ from ml_collections import ConfigDict, config_flags
 from seed_jax import cli, hosts, sharding, state
 from seed_jax.checkpoint import Checkpoints, give_back_room
 from seed_jax.cli import UserError
-from seed_jax.data import pipeline, sources
-from seed_jax.data.sources import Source
+from seed_jax.data import features, pipeline, sources
+from seed_jax.data.batches import PipelineIterator, state_of_host
+from seed_jax.data.sources import Records
 from seed_jax.files import replace_text
 from seed_jax.metrics import MetricsWriter
 from seed_jax.state import TrainStep
@@ -87,16 +88,7 @@ def run(task_class: type[Task], config: ConfigDict, workdir: Path) -> None:
     mesh = sharding.make_mesh(config.mesh.to_dict())
     check_batch(config, mesh)
     task = task_class(config)
-    source = sources.open_source(config.data.path, config.data.split)
-    data = pipeline.train_pipeline(
-        source,
-        batch_size=config.batch_size,
-        image_size=config.image_size,
-        texts=task.text_fields(),
-        data=config.data,
-        seed=config.seed,
-        rows=sharding.local_rows(mesh, config.batch_size),
-    )
+    source, data = open_data(config, task, mesh)
     hosts.agree(f"{len(source)} records in {source.path}")
     graphdef, current, shardings, tx = state.create(task, config, mesh)
     hosts.agree("built")  # as in `compiled_everywhere`
@@ -107,7 +99,7 @@ def run(task_class: type[Task], config: ConfigDict, workdir: Path) -> None:
     restored = checkpoints.restore(current, shardings)
     if restored is not None:
         start, current, states = restored
-        data.set_state(pipeline.state_of_host(states, jax.process_index(), jax.process_count()))
+        data.set_state(state_of_host(states, jax.process_index(), jax.process_count()))
     else:
         start = 0
         model = nnx.merge(graphdef, current.params, current.rest)
@@ -166,6 +158,26 @@ def run(task_class: type[Task], config: ConfigDict, workdir: Path) -> None:
     tell(f"trained {step} steps; the model is in {workdir / 'model'}")
 
 
+def open_data(config: ConfigDict, task: Task, mesh: Mesh) -> tuple[Records, PipelineIterator]:
+    """The training set, and this process's rows of its batches: of pictures or of features."""
+    rows = sharding.local_rows(mesh, config.batch_size)
+    if config.data.get("features"):
+        made = features.FeatureSource(config.data.features)
+        return made, features.train_pipeline(
+            made, batch_size=config.batch_size, data=config.data, seed=config.seed, rows=rows
+        )
+    source = sources.open_source(config.data.path, config.data.split)
+    return source, pipeline.train_pipeline(
+        source,
+        batch_size=config.batch_size,
+        image_size=config.image_size,
+        texts=task.text_fields(),
+        data=config.data,
+        seed=config.seed,
+        rows=rows,
+    )
+
+
 def compiled_everywhere(
     step_fn: TrainStep, current: state.TrainState, batch: dict[str, jax.Array]
 ) -> TrainStep:
@@ -206,7 +218,7 @@ def check_finite(
     step: int,
     metrics: dict[str, jax.Array],
     index_B: jax.Array,
-    source: Source,
+    source: Records,
     workdir: Path,
     *,
     precision: str,

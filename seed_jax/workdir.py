@@ -107,3 +107,11 @@ def lack_of_room(error: BaseException | None) -> str | None:
                 return os.strerror(number)
         error = error.__cause__ or error.__context__
     return None
+
+
+def shard_not_written(shard: Path, why: str) -> UserError:
+    """What a command that goes on shard by shard says where one can't be written."""
+    return UserError(
+        f"{shard} can't be written ({why}); make room there and run the same command again, which "
+        "goes on with this shard"
+    )

@@ -21,7 +21,7 @@ from flax import nnx
 from configs import tiny_causal_qformer, tiny_codebook, tiny_seed_opt
 from seed_jax import SeedTokenizer, hosts
 from seed_jax.cli import UserError
-from seed_jax.data import pipeline
+from seed_jax.data.batches import state_of_host
 from seed_jax.data.sources import open_source, write_array_record
 from seed_jax.seed_opt import load_language_model
 from seed_jax.tasks.causal_qformer import CausalQFormer
@@ -82,7 +82,7 @@ def test_processes_that_cannot_find_one_another(flags, message):
 def test_what_hosts_saw_is_dealt_out_to_another_number_of_them():
     states = [{"batch": 7, "unreadable": [[n, f"picture {n}"]]} for n in range(4)]
     for count in (1, 2, 4, 6):
-        dealt = [pipeline.state_of_host(states, index, count) for index in range(count)]
+        dealt = [state_of_host(states, index, count) for index in range(count)]
         assert {state["batch"] for state in dealt} == {7}
         seen = [tuple(picture) for state in dealt for picture in state["unreadable"]]
         assert sorted(seen) == [(n, f"picture {n}") for n in range(4)]

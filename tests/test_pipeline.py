@@ -173,7 +173,7 @@ class CountingSource:
 
 def test_the_cache_reads_each_picture_once_and_changes_nothing(texts, monkeypatch):
     # Two threads that meet at a new picture may both read it.
-    monkeypatch.setattr(pipeline, "MAX_THREADS", 1)
+    monkeypatch.setattr("seed_jax.data.batches.MAX_THREADS", 1)
     source = CountingSource(16)
     batches = train(source, texts, cache=True)
     start = batches.get_state()

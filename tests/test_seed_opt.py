@@ -16,7 +16,8 @@ from tiny import CODES, QUERIES, SIDE, save_tokenizer, write_pictures
 from configs import tiny_opt, tiny_seed_opt
 from seed_jax import SeedOPT, losses, model_dir, tokenize
 from seed_jax.cli import UserError
-from seed_jax.data.sequences import CodesTable, PackedPairs, PackedTexts, Words, pack
+from seed_jax.data.codes import CodesTable
+from seed_jax.data.sequences import PackedPairs, PackedTexts, Words, pack
 from seed_jax.data.text import DrawnCaption, load_tokenizer
 from seed_jax.generate import main
 from seed_jax.models.generation import Decoding
@@ -102,8 +103,9 @@ def test_known_codes_train_as_those_made_on_the_way(trained, tokenizer, base, pi
 
     other = json.loads(codes.read_text().splitlines()[0]) | {"model": "0123456789abcdef"}
     codes.write_text(json.dumps(other) + "\n")
+    model_hash = model_dir.describe(tokenizer)["content_hash"]
     with pytest.raises(UserError, match=r"codes\.jsonl:1 has codes of another tokenizer"):
-        CodesTable(codes, model_hash=model_dir.describe(tokenizer)["content_hash"])
+        CodesTable(codes, model_hash, queries=QUERIES, size=CODES)
 
 
 def test_adapters_and_visual_words_train_alone(tokenizer, base, pictures, trained):

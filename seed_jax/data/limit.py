@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 
 from seed_jax.cli import UserError
-from seed_jax.data.sources import Source
+from seed_jax.data.sources import Records
 
 NAMED_IN_ERROR = 3
 
@@ -12,7 +12,7 @@ NAMED_IN_ERROR = 3
 class Limit:
     """Decides when too many pictures are unreadable."""
 
-    def __init__(self, source: Source, share: float | None, *, rows: int, hosts: int):
+    def __init__(self, source: Records, share: float | None, *, rows: int, hosts: int):
         """`rows` is how many a batch has on this host; a share of None allows everything."""
         self._path, self._total = source.path, len(source)
         self._share, self._rows, self._hosts = share, rows, hosts

@@ -1,108 +1,45 @@
-"""Batches for training and evaluation, read ahead by Grain in threads or worker processes.
+"""Batches of pictures and captions, for training and evaluation.
 
 B rows in a batch of the whole run, b of them on this host, S pixels a side, T tokens.
-
-A training batch is a function of (seed, its number) alone. So the iterator's state is that number,
-a run resumes bitwise, and the batches are the same for any number of hosts, worker processes or
-threads. This holds for unreadable pictures too: another one, drawn from the row's own generator,
-takes the row, and no later row moves.
 """
 
-import multiprocessing
-import os
-import signal
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from random import Random
-from typing import Any
 
-import grain
 import numpy as np
-from absl import flags
 from ml_collections import ConfigDict
 from PIL import Image
 
-from seed_jax.cli import UserError
 from seed_jax.data import transforms
+from seed_jax.data.batches import Batch, PipelineIterator, Row, UnreadablePicture, shuffled
 from seed_jax.data.limit import Limit
 from seed_jax.data.sources import Record, Source
 from seed_jax.data.text import CaptionField, DrawnCaption, TextField, choose_caption
 
-Batch = dict[str, np.ndarray]
-
-# Batches read ahead by a thread or worker: one waits while the next is made.
-READ_AHEAD = 2
-MAX_THREADS = 4
 BLANK = Image.new("RGB", (1, 1))
 
 
-class UnreadablePicture(Exception):
-    """A picture that can't be decoded, or whose record can't be read; the message says which."""
+@dataclass(frozen=True)
+class Drawing:
+    """How a picture's view and caption are drawn: the fields of these names in a config's data."""
 
+    crop_scale: tuple[float, ...]
+    flip: bool
+    max_tags: int
+    drop_caption: float
 
-class PipelineIterator(Iterator[Batch]):
-    """Batches, and the pictures that could not be read on the way to them.
+    @classmethod
+    def of(cls, data: ConfigDict) -> "Drawing":
+        return cls(tuple(data.crop_scale), data.flip, data.max_tags, data.drop_caption)
 
-    `get_state` and `set_state` go back and forth between batches with what is cached kept; the
-    state is JSON-able and good for any number of hosts and workers. `close` (or garbage collection)
-    stops threads and workers.
-    """
+    def view(self, image: Image.Image, size: int, rng: Random) -> np.ndarray:
+        """See `transforms.random_view`."""
+        return transforms.random_view(image, size, rng, scale=self.crop_scale, flip=self.flip)
 
-    def __init__(self, batches: "_TrainBatches | _EvalBatches", *, workers: int):
-        self._batches = batches
-        self._workers = workers
-        self._number = 0
-        self._unreadable: dict[int, str] = {}
-        self._iterator: grain.DatasetIterator | None = None
-
-    @property
-    def unreadable(self) -> list[str]:
-        """Name and reason of each picture met so far that could not be read."""
-        return list(self._unreadable.values())
-
-    def __next__(self) -> Batch:
-        """The next batch.
-
-        Raises:
-          UserError: more pictures than allowed could not be read.
-        """
-        if self._iterator is None:
-            self._iterator = self._start()
-        batch, unreadable = next(self._iterator)
-        self._number += 1
-        self._unreadable.update(unreadable)
-        self._batches.limit.check(self._unreadable, batches_read=self._number)
-        return batch
-
-    def _start(self) -> grain.DatasetIterator:
-        threads = 1 if self._workers else min(MAX_THREADS, os.cpu_count() or 1)
-        dataset = grain.MapDataset.source(self._batches).slice(slice(self._number, None))
-        dataset = dataset.to_iter_dataset(
-            grain.ReadOptions(num_threads=threads, prefetch_buffer_size=READ_AHEAD * threads)
-        )
-        if self._workers:
-            # Grain asks absl for flags of its own, which a program without absl.app never parses.
-            if not flags.FLAGS.is_parsed():
-                flags.FLAGS.mark_as_parsed()
-            dataset = dataset.mp_prefetch(
-                grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=READ_AHEAD),
-                worker_init_fn=live_and_die_with_parent,
-            )
-        return iter(dataset)
-
-    def get_state(self) -> dict[str, Any]:
-        """Where the iterator is, after the last batch that it gave."""
-        return {"batch": self._number, "unreadable": list(map(list, self._unreadable.items()))}
-
-    def set_state(self, state: Mapping[str, Any]) -> None:
-        self.close()
-        self._number = state["batch"]
-        self._unreadable = dict(state["unreadable"])
-
-    def close(self) -> None:
-        if self._iterator is not None:
-            self._iterator.close()
-            self._iterator = None
+    def caption(self, record: Record, rng: Random) -> str:
+        """See `choose_caption`."""
+        return choose_caption(record, rng, self.max_tags, drop_caption=self.drop_caption)
 
 
 def train_pipeline(
@@ -132,21 +69,14 @@ def train_pipeline(
       UserError: the source is smaller than a batch. While iterating: more than `max_unreadable` of
         the pictures can't be read, or one has no caption where a text is wanted.
     """
-    if len(source) < batch_size:
-        raise UserError(
-            f"{source.path} has {len(source)} pictures, fewer than the {batch_size} of a batch; "
-            "take a smaller config.batch_size or more pictures"
-        )
-    batches = _TrainBatches(
+    return shuffled(
         _Pictures(source, cache=data.cache, decode=image_size > 0),
+        _JoinViews(image_size, texts, Drawing.of(data)),
         batch_size=batch_size,
-        rows=range(batch_size) if rows is None else rows,
-        image_size=image_size,
-        texts=texts,
         data=data,
         seed=seed,
+        rows=rows,
     )
-    return PipelineIterator(batches, workers=data.workers)
 
 
 def train_shapes(
@@ -162,16 +92,6 @@ def train_shapes(
     if image_size:
         shapes["image"] = ((batch_size, image_size, image_size, 3), np.dtype(np.uint8))
     return shapes
-
-
-def state_of_host(states: Sequence[Mapping[str, Any]], index: int, count: int) -> dict[str, Any]:
-    """What host `index` of `count` goes on from, given the states of the hosts there were.
-
-    All are at one batch. Unreadable pictures are dealt out, since each host judges by its share of
-    the set whether there are too many.
-    """
-    unreadable = [picture for state in states[index::count] for picture in state["unreadable"]]
-    return {"batch": states[0]["batch"], "unreadable": unreadable}
 
 
 def eval_batches(
@@ -199,26 +119,49 @@ def eval_batches(
     """
     batches = _EvalBatches(
         _Pictures(source, cache=False, decode=True),
+        _Plain(image_size, max_tags, captions=bool(texts)),
         batch_size=batch_size,
+        views=1,
         image_size=image_size,
         texts=texts or {},
-        max_tags=max_tags,
         max_unreadable=max_unreadable,
     )
     return PipelineIterator(batches, workers=workers)
 
 
-def live_and_die_with_parent(worker: int = 0, workers: int = 0) -> None:
-    """Set-up of a worker process: Ctrl-C is the parent's to act on, and a killed parent ends it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def view_batches(
+    source: Source,
+    *,
+    batch_size: int,
+    views: int,
+    image_size: int,
+    texts: Mapping[str, TextField],
+    drawing: Drawing,
+    seed: int,
+    first: int = 0,
+    workers: int = 0,
+) -> PipelineIterator:
+    """As `eval_batches`, but so many views of each picture, drawn as in training, side by side.
 
-    def follow() -> None:
-        parent = multiprocessing.parent_process()
-        if parent is not None:
-            parent.join()
-            os._exit(1)
+    View v of a picture, and its caption, are a function of (seed, first + the picture's place, v)
+    alone. 'image' and the texts have B · views rows; 'index' and 'valid' B, one a picture.
 
-    threading.Thread(target=follow, daemon=True).start()
+    Args:
+      first: the place of the source's first record in the set that it is a part of.
+
+    Raises:
+      UserError: while iterating: a picture has no caption. Any number may be unreadable.
+    """
+    batches = _EvalBatches(
+        _Pictures(source, cache=False, decode=True),
+        _Drawn(image_size, drawing, seed, first),
+        batch_size=batch_size,
+        views=views,
+        image_size=image_size,
+        texts=texts,
+        max_unreadable=None,
+    )
+    return PipelineIterator(batches, workers=workers)
 
 
 class _Pictures:
@@ -256,74 +199,63 @@ class _Pictures:
             return f"{self.source.name(index)} ({transforms.why_unreadable(error)})"
 
 
-class _TrainBatches:
-    """This host's rows of any training batch, by its number: a source for Grain."""
+class _JoinViews:
+    """Rows of pictures to a batch: a view of each, and a caption where texts are wanted."""
 
-    def __init__(
-        self,
-        pictures: _Pictures,
-        *,
-        batch_size: int,
-        rows: Sequence[int],
-        image_size: int,
-        texts: Mapping[str, CaptionField],
-        data: ConfigDict,
-        seed: int,
-    ):
-        self._pictures = pictures
-        self._order = grain.MapDataset.range(len(pictures)).seed(seed).shuffle().repeat()
-        self._batch_size = batch_size
-        self._rows = rows
-        self._image_size = image_size
+    def __init__(self, image_size: int, texts: Mapping[str, CaptionField], drawing: Drawing):
+        self._size = image_size
         self._texts = dict(texts)
-        self._max_tags = data.max_tags
-        self._drop_caption = data.drop_caption
-        self._scale = tuple(data.crop_scale)
-        self._flip = data.flip
-        self._seed = seed
-        self.limit = Limit(
-            pictures.source, data.max_unreadable, rows=len(rows), hosts=batch_size // len(rows)
-        )
+        self._drawing = drawing
 
-    def __len__(self) -> int:
-        return len(self._order) // self._batch_size
-
-    def __getitem__(self, number: int) -> tuple[Batch, dict[int, str]]:
-        size = self._image_size
-        images = np.empty((len(self._rows), size, size, 3), np.uint8)
+    def __call__(
+        self, rows: Iterator[Row[tuple[Image.Image, Record]]], count: int, number: int
+    ) -> Batch:
+        size = self._size
+        images = np.empty((count, size, size, 3), np.uint8)
         indices, drawn = [], []
-        unreadable: dict[int, str] = {}
-        for row, place in enumerate(self._rows):
-            position = number * self._batch_size + place
-            rng = Random((self._seed << 64) | position)
-            index, image, record = self._read(position, rng, unreadable)
+        for row, (index, (image, record), rng) in enumerate(rows):
             if size:
-                images[row] = transforms.random_view(
-                    image, size, rng, scale=self._scale, flip=self._flip
-                )
+                images[row] = self._drawing.view(image, size, rng)
             indices.append(index)
             if self._texts:
-                caption = choose_caption(
-                    record, rng, self._max_tags, drop_caption=self._drop_caption
-                )
-                drawn.append(DrawnCaption(caption, record, rng))
+                drawn.append(DrawnCaption(self._drawing.caption(record, rng), record, rng))
         batch: Batch = {"index": np.array(indices, np.int32)} | ({"image": images} if size else {})
         for name, text in self._texts.items():
             batch |= text.training_rows(name, drawn, number)
-        return batch, unreadable
+        return batch
 
-    def _read(
-        self, position: int, rng: Random, unreadable: dict[int, str]
-    ) -> tuple[int, Image.Image, Record]:
-        index = int(self._order[position])
-        while True:
-            try:
-                return index, *self._pictures[index]
-            except UnreadablePicture as error:
-                unreadable[index] = str(error)
-            # Too many already: without this, one row would go through a whole set of them.
-            self.limit.check(unreadable, batches_read=0)
-            index = rng.randrange(len(self._pictures))
+
+@dataclass(frozen=True)
+class _Plain:
+    """The one view of a picture in evaluation, and its first caption where texts are wanted."""
+
+    size: int
+    max_tags: int
+    captions: bool
+
+    def __call__(
+        self, index: int, view: int, image: Image.Image, record: Record
+    ) -> tuple[np.ndarray, str]:
+        caption = choose_caption(record, None, self.max_tags) if self.captions else ""
+        return transforms.resize(image, self.size), caption
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """A view and a caption as training draws them, from a generator of the view's own."""
+
+    size: int
+    drawing: Drawing
+    seed: int
+    first: int
+
+    def __call__(
+        self, index: int, view: int, image: Image.Image, record: Record
+    ) -> tuple[np.ndarray, str]:
+        rng = Random(f"{self.seed}/{self.first + index}/{view}")
+        # In the order in which training draws.
+        pixels = self.drawing.view(image, self.size, rng)
+        return pixels, self.drawing.caption(record, rng)
 
 
 class _EvalBatches:
@@ -332,31 +264,33 @@ class _EvalBatches:
     def __init__(
         self,
         pictures: _Pictures,
+        draw: Callable[[int, int, Image.Image, Record], tuple[np.ndarray, str]],
         *,
         batch_size: int,
+        views: int,
         image_size: int,
         texts: Mapping[str, TextField],
-        max_tags: int,
         max_unreadable: float | None,
     ):
         self._pictures = pictures
+        self._draw = draw
         self._batch_size = batch_size
+        self._views = views
         self._image_size = image_size
         self._texts = dict(texts)
-        self._max_tags = max_tags
         self.limit = Limit(pictures.source, max_unreadable, rows=batch_size, hosts=1)
 
     def __len__(self) -> int:
         return -(-len(self._pictures) // self._batch_size)
 
     def __getitem__(self, number: int) -> tuple[Batch, dict[int, str]]:
-        size = self._image_size
+        size, views = self._image_size, self._views
         batch: Batch = {
-            "image": np.zeros((self._batch_size, size, size, 3), np.uint8),
+            "image": np.zeros((self._batch_size * views, size, size, 3), np.uint8),
             "index": np.full(self._batch_size, -1, np.int32),
             "valid": np.zeros(self._batch_size, bool),
         }
-        captions = [""] * self._batch_size
+        captions = [""] * len(batch["image"])
         unreadable: dict[int, str] = {}
         start = number * self._batch_size
         for row, index in enumerate(
@@ -368,10 +302,10 @@ class _EvalBatches:
             except UnreadablePicture as error:
                 unreadable[index] = str(error)
                 continue
-            batch["image"][row] = transforms.resize(image, size)
             batch["valid"][row] = True
-            if self._texts:
-                captions[row] = choose_caption(record, None, self._max_tags)
+            for view in range(views):
+                place = row * views + view
+                batch["image"][place], captions[place] = self._draw(index, view, image, record)
         for name, text in self._texts.items():
             batch |= text.named_batch(name, captions)
         return batch, unreadable

@@ -10,17 +10,15 @@ Shapes in names: R rows, T tokens of a row, P pictures, Q codes of a picture.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from seed_jax.cli import UserError
+from seed_jax.data.codes import CodesTable
 from seed_jax.data.text import DrawnCaption
 from seed_jax.models.visual_opt import VisualOPTConfig
 
@@ -217,55 +215,3 @@ class PackedPairs:
 
 def _grouped(sequences: list[TokenSequence], size: int) -> list[list[TokenSequence]]:
     return [sequences[i : i + size] for i in range(0, len(sequences), size)]
-
-
-class CodesTable:
-    """The codes that `seed_jax.tokenize` wrote, by picture; small enough to be sent to workers."""
-
-    def __init__(self, path: str | Path, *, model_hash: str):
-        """Reads a codes.jsonl.
-
-        Args:
-          model_hash: content hash of the tokenizer whose codes they should be.
-
-        Raises:
-          UserError: no such file, a line that is none of codes, or of another tokenizer.
-        """
-        self._path = str(path)
-        rows: list[list[int]] = []
-        keys: list[int] = []
-        if not Path(path).is_file():
-            raise UserError(f"{path}: no such file; python -m seed_jax.tokenize writes one")
-        with Path(path).open() as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    entry = json.loads(line)
-                    name, codes, written_with = entry["image"], entry["codes"], entry["model"]
-                except (ValueError, KeyError, TypeError):
-                    raise UserError(f"{path}:{number} is not a line of codes") from None
-                if not model_hash.startswith(written_with):
-                    raise UserError(
-                        f"{path}:{number} has codes of another tokenizer ({written_with}, not "
-                        f"{model_hash[: len(written_with)]}); tokenize the pictures again"
-                    )
-                keys.append(_key(name))
-                rows.append(codes)
-        order = np.argsort(np.array(keys, np.uint64))
-        self._keys = np.array(keys, np.uint64)[order]
-        self._codes_PQ = np.array(rows, np.int32)[order]
-
-    def __getitem__(self, name: str) -> list[int]:
-        """The codes of a picture.
-
-        Raises:
-          UserError: it has none.
-        """
-        place = int(np.searchsorted(self._keys, np.uint64(_key(name))))
-        if place == len(self._keys) or int(self._keys[place]) != _key(name):
-            raise UserError(f"{self._path} lacks the codes of {name}; tokenize the pictures again")
-        return self._codes_PQ[place].tolist()
-
-
-def _key(name: str) -> int:
-    # Names of millions of pictures would fill the memory of every worker process.
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")

@@ -6,7 +6,7 @@ processes need. A record's picture stays an encoded file until the pipeline deco
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -37,17 +37,39 @@ class Record(TypedDict):
     domain: NotRequired[str]  # NoCaps: how far its things are from those of COCO
 
 
-class Source(Protocol):
-    """Records by number; whatever reading one raises, its picture counts as unreadable."""
+class Records(Protocol):
+    """How many records there are, and what to call them."""
 
     path: str
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Record: ...
-
     def name(self, index: int) -> str:
         """What to call a record in front of the user, even one that can't be read."""
+
+
+class Source(Records, Protocol):
+    """Records by number; whatever reading one raises, its picture counts as unreadable."""
+
+    def __getitem__(self, index: int) -> Record: ...
+
+
+class Part:
+    """Some of a source's records, in the order of their indices."""
+
+    def __init__(self, source: Source, indices: Sequence[int]):
+        self.path = source.path
+        self._source = source
+        self._indices = indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> Record:
+        return self._source[self._indices[index]]
+
+    def name(self, index: int) -> str:
+        return self._source.name(self._indices[index])
 
 
 def open_source(path: str | Path, split: str | None = None, *, captions: bool = True) -> Source:
@@ -151,13 +173,29 @@ def count_rows(file: Path) -> int:
 
 def write_array_record(path: str | Path, records: Iterable[Record]) -> int:
     """Writes records to one ArrayRecord file that can be read in any order; returns how many."""
-    # Pictures are compressed already, and groups of one make random access cheap.
-    writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")
+    return write_rows(path, (msgpack.packb(record) for record in records))
+
+
+def write_rows(path: str | Path, rows: Iterable[bytes], *, group: int = 1) -> int:
+    """Writes bytes to one ArrayRecord file; returns how many rows they were.
+
+    Args:
+      group: how many rows are compressed, and read, together. A row alone is not compressed: what
+        it holds, a picture, is already, and can be read in any order cheaply.
+
+    Raises:
+      OSError: the file could not be written whole.
+    """
+    how = "uncompressed" if group == 1 else "zstd"
+    writer = ArrayRecordWriter(str(path), f"group_size:{group},{how}")
     count = 0
-    for record in records:
-        writer.write(msgpack.packb(record))
+    for row in rows:
+        writer.write(row)
         count += 1
     writer.close()
+    # The writer doesn't tell of every failure.
+    if (there := count_rows(Path(path))) != count:
+        raise OSError(f"{path} holds {there} of {count} records")
     return count
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from seed_jax import drawing, inference, model_dir, seed_opt
 from seed_jax.data import annotations
 from seed_jax.data.annotations import AnnotatedPictures
-from seed_jax.data.sources import Source, open_source
+from seed_jax.data.sources import Part, Source, open_source
 from seed_jax.diffusion import StableDiffusion
 from seed_jax.drawing import Shown
 from seed_jax.evaluation import tables
@@ -22,7 +22,6 @@ from seed_jax.evaluation.journal import Journal
 from seed_jax.models.tokenizer import SeedTokenizer
 from seed_jax.seed_opt import SeedOPT
 from seed_jax.tasks import causal_qformer
-from seed_jax.tokenize import Part
 
 T = TypeVar("T")
 

@@ -13,6 +13,7 @@ from seed_jax.interop.diffusers_folder import find_weights
 from seed_jax.interop.state_dict import ArrayLike, Row, Table
 from seed_jax.interop.torch_io import INDEX_SUFFIX, read_weights, write_safetensors
 from seed_jax.models import teacher
+from seed_jax.models.layers import Compute
 from seed_jax.models.teacher import TextTeacher
 
 TORCH_FILE = "model.safetensors"
@@ -46,6 +47,24 @@ def load_text_encoder(encoder: TextTeacher, path: str) -> None:
       UserError: as `load`, or there is no text encoder.
     """
     load(encoder, *teacher.locate(path, "text_encoder"))
+
+
+def open_text_encoder(path: str, compute: Compute) -> TextTeacher:
+    """The text encoder of a Stable Diffusion directory; see `teacher.locate`.
+
+    Raises:
+      UserError: there is none, or its files don't fit one another.
+    """
+    config = teacher.load_config(path)
+    encoder = nnx.eval_shape(lambda: TextTeacher(config, compute=compute, rngs=nnx.Rngs(0)))
+    load_text_encoder(encoder, path)
+    return encoder
+
+
+def text_encoder_hash(path: str) -> str:
+    """The content hash of `open_text_encoder`, in whatever layout its file is."""
+    params = nnx.state(open_text_encoder(path, Compute()), nnx.Param)
+    return model_dir.content_hash(model_dir.flat_params(params))
 
 
 def load(module: nnx.Module, folder: str, part: str = "") -> None:

@@ -13,6 +13,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from seed_jax import base_opt, model_dir
+from seed_jax.data import features, prepared
+from seed_jax.data.pipeline import Drawing
 from seed_jax.data.text import EMBEDDED_TOKENIZER
 from seed_jax.models import teacher
 from seed_jax.models.opt import OPTConfig
@@ -83,6 +85,28 @@ def stand_in(config: ConfigDict, recipe: Path, folder: Path) -> list[str]:
         described = {"model_type": "clip_text_model", **TEXT_ENCODER}
         (path / "text_encoder/config.json").write_text(json.dumps(described))
         put("teacher", path, "the sizes of Stable Diffusion 1.x's text encoder")
+    features_folder = config.data.get("features")
+    if features_folder and not Path(features_folder).is_dir():
+        qformer = model_dir.load_config(config.init, causal_qformer.KIND, EncoderConfig).qformer
+        text = teacher.load_config(config.teacher)
+        made = features.Settings(
+            model=model_dir.describe(config.init)["content_hash"],
+            teacher="",
+            precision=config.precision,
+            image_size=config.image_size,
+            views=1,
+            seed=0,
+            drawing=Drawing.of(config.data),
+            split="",
+            causal=(qformer.queries, qformer.width),
+            states=(text.max_position_embeddings, text.hidden_size),
+        )
+        path = folder / "features"
+        path.mkdir()
+        report = {"format": features.FORMAT, **dataclasses.asdict(made)}
+        (path / prepared.REPORT).write_text(json.dumps(report))
+        said.append("config.data.features: the shapes that these make")
+        config.data.features = str(path)
     if absent("opt"):
         path = _write(folder / "opt", base_opt.KIND, dataclasses.asdict(OPT))
         (path / "params").mkdir()

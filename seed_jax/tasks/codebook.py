@@ -15,17 +15,25 @@ from scipy.cluster.vq import kmeans2
 
 from seed_jax import losses, model_dir, sharding
 from seed_jax.cli import UserError
+from seed_jax.data import features
 from seed_jax.data.text import TextField, load_tokenizer
 from seed_jax.interop import clip_weights
 from seed_jax.models import quantizer, teacher
 from seed_jax.models.teacher import TextTeacher
-from seed_jax.models.tokenizer import EncoderConfig, SeedTokenizer, TokenizerConfig
-from seed_jax.tasks import Batch, causal_qformer, compute_of
+from seed_jax.models.tokenizer import (
+    CausalEncoder,
+    EncoderConfig,
+    SeedTokenizer,
+    TokenizerConfig,
+)
+from seed_jax.tasks import PRECISIONS, Batch, causal_qformer, compute_of
 from seed_jax.tasks.memory import Memory, recall
 
 KIND = "seed_tokenizer"
 # A code last seen about 1/(1 - decay) batches ago has decayed to a third of its count.
 UNUSED_SHARE = 0.37
+# Parts of stage 1 that make its embeddings, and those that only stage 1 uses.
+NEEDLESS_BESIDE_FEATURES = ("vit", "ln_vision", "qformer", "text_proj", "temperature")
 
 
 class RunningCounts(nnx.Variable):
@@ -36,10 +44,13 @@ class TeachedTokenizer(nnx.Module):
     """The tokenizer beside the text encoder whose states it learns to regress.
 
     Args:
+      text_teacher: None where the batches hold its states.
       memory: of what stage 1 and the teacher made of the records; None runs them at each step.
     """
 
-    def __init__(self, tokenizer: SeedTokenizer, text_teacher: TextTeacher, memory: Memory | None):
+    def __init__(
+        self, tokenizer: SeedTokenizer, text_teacher: TextTeacher | None, memory: Memory | None
+    ):
         self.tokenizer = tokenizer
         self.teacher = text_teacher
         self.memory = memory
@@ -80,14 +91,49 @@ class Codebook:
                 f"config.model.generation.queries is {self.sizes.generation.queries}, but the "
                 f"teacher has {length} text states"
             )
+        self.features = self._open_features() if config.data.features else None
         self.text_tokenizer = load_tokenizer(str(Path(config.init) / "text_tokenizer"))
         folder, subfolder = teacher.locate(config.teacher, "tokenizer")
         self.prompt_tokenizer = load_tokenizer(folder, subfolder=subfolder)
 
+    def _open_features(self) -> features.Settings:
+        """What `config.data.features` holds, if it is of use here."""
+        config, folder = self.config, self.config.data.features
+        found = features.read_settings(folder)
+        if config.remember:
+            raise UserError(
+                f"config.data.features={folder} holds what config.remember would keep; set "
+                "config.remember=False"
+            )
+        if found.model != model_dir.describe(config.init)["content_hash"]:
+            raise UserError(
+                f"{folder} holds features of another stage 1 than config.init={config.init}; name "
+                "that, or make them again by seed_jax.tokenize --features"
+            )
+        qformer, text = self.sizes.encoder.qformer, self.teacher_config
+        shapes = {
+            "causal embeddings": (found.causal, (qformer.queries, qformer.width)),
+            "text states": (found.states, (text.max_position_embeddings, text.hidden_size)),
+        }
+        for what, (there, wanted) in shapes.items():
+            if there != wanted:
+                raise UserError(
+                    f"{folder} holds {what} {there}, but config.init and config.teacher make "
+                    f"{wanted}"
+                )
+        return found
+
     def build(self, *, rngs: nnx.Rngs) -> TeachedTokenizer:
         compute = compute_of(self.config)
+        tokenizer = SeedTokenizer(self.sizes, compute=compute, rngs=rngs)
+        if self.features:
+            # Built all the same, so that chance makes what trains what it would be without them;
+            # compiled, this costs nothing.
+            for name in NEEDLESS_BESIDE_FEATURES:
+                delattr(tokenizer.encoder, name)
+            return TeachedTokenizer(tokenizer, None, None)
         return TeachedTokenizer(
-            SeedTokenizer(self.sizes, compute=compute, rngs=rngs),
+            tokenizer,
             TextTeacher(self.teacher_config, compute=compute, rngs=rngs),
             self._empty_memory() if self.config.remember else None,
         )
@@ -112,8 +158,20 @@ class Codebook:
         return {"prompt": TextField(self.prompt_tokenizer, self.sizes.generation.queries)}
 
     def prepare(self, model: TeachedTokenizer, batches: Iterator[Batch]) -> None:
-        model_dir.load_into(model.tokenizer.encoder, self.config.init, causal_qformer.KIND)
-        clip_weights.load_text_encoder(model.teacher, self.config.teacher)
+        encoder, config = model.tokenizer.encoder, self.config
+        model_dir.load_into(
+            encoder, config.init, causal_qformer.KIND, all_of_it=self.features is None
+        )
+        if self.features and self.features.teacher != clip_weights.text_encoder_hash(
+            config.teacher
+        ):
+            raise UserError(
+                f"{config.data.features} holds text states of another text encoder than "
+                f"config.teacher={config.teacher!r}; name that, or make them again by "
+                "seed_jax.tokenize --features"
+            )
+        if model.teacher is not None:
+            clip_weights.load_text_encoder(model.teacher, config.teacher)
         if model.memory is not None:
             model.memory.fill(model, self._run_frozen, batches, self.config.batch_size)
         if self.config.codebook_health.kmeans_batches:
@@ -127,6 +185,13 @@ class Codebook:
             "states": model.teacher(batch["prompt"]),
         }
 
+    def _known(self, model: TeachedTokenizer, batch: Batch) -> dict[str, jax.Array]:
+        """Causal embeddings and text states of a batch: its own, remembered, or made here."""
+        if self.features:
+            causal_BQD = batch["causal"].astype(compute_of(self.config).dtype)
+            return {"causal": causal_BQD, "states": batch["states"]}
+        return recall(model.memory, model, self._run_frozen, batch)
+
     def _start_at_means(self, model: TeachedTokenizer, batches: Iterator[Batch]) -> None:
         """Puts the codes at the k-means centres of the vectors that they will quantise."""
         graphdef, state = nnx.split(model)
@@ -134,7 +199,7 @@ class Codebook:
         @jax.jit
         def code_vectors(state: nnx.State, batch: Batch) -> jax.Array:
             model = nnx.merge(graphdef, state)
-            known = recall(model.memory, model, self._run_frozen, batch)
+            known = self._known(model, batch)
             return model.tokenizer.code_vectors(known["causal"])
 
         count = self.config.codebook_health.kmeans_batches
@@ -161,7 +226,7 @@ class Codebook:
     ) -> tuple[dict[str, jax.Array], tuple[jax.Array, jax.Array]]:
         """The parts of the loss; the codes and the vectors that they stand for."""
         tokenizer, weights = model.tokenizer, self.config.loss
-        known = recall(model.memory, model, self._run_frozen, batch)
+        known = self._known(model, batch)
         causal_BQD = jax.lax.stop_gradient(known["causal"])
         z_BQK = tokenizer.code_vectors(causal_BQD)
         st_BQK, e_BQK, codes_BQ = tokenizer.codebook.quantize(z_BQK)
@@ -215,6 +280,19 @@ class Codebook:
         model.counts[...] = jnp.where(ema_C < UNUSED_SHARE * (1 - health.decay), 0.0, ema_C)
 
     def save(self, model: TeachedTokenizer, path: Path) -> None:
+        if self.features:
+            # In the type that it would be held in beside what trains.
+            encoder = model_dir.load(
+                self.config.init,
+                causal_qformer.KIND,
+                EncoderConfig,
+                CausalEncoder,
+                compute_of(self.config),
+                stored=PRECISIONS[self.config.precision],
+            )
+            graphdef, params = nnx.split(encoder)
+            # Of several processes one writes, and from a device it may write only what all hold.
+            model.tokenizer.encoder = nnx.merge(graphdef, jax.tree.map(np.asarray, params))
         model_dir.save(
             path,
             kind=KIND,

@@ -17,7 +17,8 @@ from ml_collections import ConfigDict
 
 from seed_jax import base_opt, losses, model_dir
 from seed_jax.cli import UserError
-from seed_jax.data.sequences import CodesTable, PackedPairs, Words
+from seed_jax.data.codes import CodesTable
+from seed_jax.data.sequences import PackedPairs, Words
 from seed_jax.data.text import CaptionField, load_tokenizer
 from seed_jax.models import int8
 from seed_jax.models.lora import LoRAConfig
@@ -90,7 +91,12 @@ class SeedOPTTraining:
     def text_fields(self) -> Mapping[str, CaptionField]:
         sequences, codes = self.config.sequences, None
         if self.config.codes:
-            codes = CodesTable(self.config.codes, model_hash=self.tokenizer_hash)
+            codes = CodesTable(
+                self.config.codes,
+                self.tokenizer_hash,
+                queries=self.sizes.picture_codes,
+                size=self.sizes.codes,
+            )
         field = PackedPairs(
             Words(self.text_tokenizer),
             self.sizes,
