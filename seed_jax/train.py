@@ -23,7 +23,7 @@ from ml_collections import ConfigDict, config_flags
 from seed_jax import cli, hosts, sharding, state
 from seed_jax.checkpoint import Checkpoints, give_back_room
 from seed_jax.cli import UserError
-from seed_jax.data import pipeline, sources
+from seed_jax.data import mixture, pipeline
 from seed_jax.data.sources import Source
 from seed_jax.files import replace_text
 from seed_jax.metrics import MetricsWriter
@@ -87,7 +87,7 @@ def run(task_class: type[Task], config: ConfigDict, workdir: Path) -> None:
     mesh = sharding.make_mesh(config.mesh.to_dict())
     check_batch(config, mesh)
     task = task_class(config)
-    source = sources.open_source(config.data.path, config.data.split)
+    source = mixture.open_training_set(config.data)
     data = pipeline.train_pipeline(
         source,
         batch_size=config.batch_size,

@@ -4,8 +4,8 @@ B rows in a batch of the whole run, b of them on this host, S pixels a side, T t
 
 A training batch is a function of (seed, its number) alone. So the iterator's state is that number,
 a run resumes bitwise, and the batches are the same for any number of hosts, worker processes or
-threads. This holds for unreadable pictures too: another one, drawn from the row's own generator,
-takes the row, and no later row moves.
+threads. This holds for unreadable pictures too: another one of the same set, drawn from the row's
+own generator, takes the row, and no later row moves.
 """
 
 import multiprocessing
@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from seed_jax.cli import UserError
-from seed_jax.data import transforms
+from seed_jax.data import mixture, transforms
 from seed_jax.data.limit import Limit
 from seed_jax.data.sources import Record, Source
 from seed_jax.data.text import CaptionField, DrawnCaption, TextField, choose_caption
@@ -116,6 +116,8 @@ def train_pipeline(
     rows: Sequence[int] | None = None,
 ) -> PipelineIterator:
     """Batches without end: every epoch all pictures in another order, cropped and mirrored anew.
+
+    A `Mixture` with weights has epochs of each set, side by side.
 
     A batch is {'image': uint8 [b, S, S, 3], 'index': int32 [b], the record's place in the source,
     and what each text makes of the captions, such as '<name>': int32 [b, T], '<name>_mask': bool
@@ -271,7 +273,8 @@ class _TrainBatches:
         seed: int,
     ):
         self._pictures = pictures
-        self._order = grain.MapDataset.range(len(pictures)).seed(seed).shuffle().repeat()
+        self._order = mixture.training_order(pictures.source, seed)
+        self._spans = [one.span for one in mixture.sets_of(pictures.source)]
         self._batch_size = batch_size
         self._rows = rows
         self._image_size = image_size
@@ -323,7 +326,8 @@ class _TrainBatches:
                 unreadable[index] = str(error)
             # Too many already: without this, one row would go through a whole set of them.
             self.limit.check(unreadable, batches_read=0)
-            index = rng.randrange(len(self._pictures))
+            span = next(span for span in self._spans if index in span)
+            index = rng.randrange(span.start, span.stop)
 
 
 class _EvalBatches:
