@@ -4,11 +4,12 @@ Run it again and it goes on where it stopped. Ctrl-C (or SIGTERM) saves before i
 end WORKDIR/model holds the model directory that the other commands load.
 """
 
+import contextlib
 import json
 import math
 import signal
 import sys
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, cast
@@ -24,6 +25,7 @@ from seed_jax import cli, hosts, sharding, state
 from seed_jax.checkpoint import Checkpoints, give_back_room
 from seed_jax.cli import UserError
 from seed_jax.data import mixture, pipeline
+from seed_jax.data.pipeline import PipelineIterator
 from seed_jax.data.sources import Source
 from seed_jax.files import replace_text
 from seed_jax.metrics import MetricsWriter
@@ -96,8 +98,22 @@ def run(task_class: type[Task], config: ConfigDict, workdir: Path) -> None:
         data=config.data,
         seed=config.seed,
         rows=sharding.local_rows(mesh, config.batch_size),
+        put=partial(sharding.put_batch, mesh=mesh),
     )
-    hosts.agree(f"{len(source)} records in {source.path}")
+    with contextlib.closing(data):
+        hosts.agree(f"{len(source)} records in {source.path}")
+        train_on(data, source, task, config, mesh, workdir)
+
+
+def train_on(
+    data: PipelineIterator,
+    source: Source,
+    task: Task,
+    config: ConfigDict,
+    mesh: Mesh,
+    workdir: Path,
+) -> None:
+    """Runs the steps that are left, and writes the model."""
     graphdef, current, shardings, tx = state.create(task, config, mesh)
     hosts.agree("built")  # as in `compiled_everywhere`
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)
@@ -112,7 +128,7 @@ def run(task_class: type[Task], config: ConfigDict, workdir: Path) -> None:
         start = 0
         model = nnx.merge(graphdef, current.params, current.rest)
         first = data.get_state()
-        task.prepare(model, on_mesh(data, mesh))
+        task.prepare(model, data)
         data.set_state(first)  # what the task looked at is trained on all the same
         current = state.with_model(current, model, task, shardings)
 
@@ -134,7 +150,7 @@ def run(task_class: type[Task], config: ConfigDict, workdir: Path) -> None:
     step, pending = start, None
     try:
         while step < config.steps and not stop.received_before(step):
-            batch = sharding.put_batch(next(data), mesh)
+            batch = next(data)
             if step == start and jax.process_count() > 1:
                 step_fn = compiled_everywhere(step_fn, current, batch)
             current, metrics = step_fn(current, batch)
@@ -152,7 +168,6 @@ def run(task_class: type[Task], config: ConfigDict, workdir: Path) -> None:
             look_at(*pending)
         checkpoints.save(step, current, data.get_state())
     finally:
-        data.close()
         writer.close()
         checkpoints.close()
     report_unreadable(data.unreadable)
@@ -176,11 +191,6 @@ def compiled_everywhere(
     compiled = cast(jax.stages.Wrapped, step_fn).lower(current, batch).compile()
     hosts.agree("compiled")
     return compiled
-
-
-def on_mesh(data: Iterator[dict[str, Any]], mesh: Mesh) -> Iterator[dict[str, jax.Array]]:
-    for batch in data:
-        yield sharding.put_batch(batch, mesh)
 
 
 def check_batch(config: ConfigDict, mesh: Mesh) -> None:

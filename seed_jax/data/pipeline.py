@@ -12,13 +12,14 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from random import Random
 from typing import Any
 
 import grain
 import numpy as np
 from absl import flags
+from grain.experimental import ThreadPrefetchIterDataset
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -29,6 +30,7 @@ from seed_jax.data.sources import Record, Source
 from seed_jax.data.text import CaptionField, DrawnCaption, TextField, choose_caption
 
 Batch = dict[str, np.ndarray]
+Put = Callable[[Batch], dict[str, Any]]
 
 # Batches read ahead by a thread or worker: one waits while the next is made.
 READ_AHEAD = 2
@@ -40,7 +42,7 @@ class UnreadablePicture(Exception):
     """A picture that can't be decoded, or whose record can't be read; the message says which."""
 
 
-class PipelineIterator(Iterator[Batch]):
+class PipelineIterator(Iterator[dict[str, Any]]):
     """Batches, and the pictures that could not be read on the way to them.
 
     `get_state` and `set_state` go back and forth between batches with what is cached kept; the
@@ -48,9 +50,13 @@ class PipelineIterator(Iterator[Batch]):
     stops threads and workers.
     """
 
-    def __init__(self, batches: "_TrainBatches | _EvalBatches", *, workers: int):
+    def __init__(
+        self, batches: "_TrainBatches | _EvalBatches", *, workers: int, put: Put | None = None
+    ):
+        """`put` makes of a batch what is given, in a thread and up to two batches ahead."""
         self._batches = batches
         self._workers = workers
+        self._put = put
         self._number = 0
         self._unreadable: dict[int, str] = {}
         self._iterator: grain.DatasetIterator | None = None
@@ -60,7 +66,7 @@ class PipelineIterator(Iterator[Batch]):
         """Name and reason of each picture met so far that could not be read."""
         return list(self._unreadable.values())
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> dict[str, Any]:
         """The next batch.
 
         Raises:
@@ -88,6 +94,10 @@ class PipelineIterator(Iterator[Batch]):
                 grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=READ_AHEAD),
                 worker_init_fn=live_and_die_with_parent,
             )
+        if (put := self._put) is not None:
+            # Not by grain's device_put, which would need the whole batch on every host.
+            dataset = dataset.map(lambda read: (put(read[0]), read[1]))
+            dataset = ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=1)
         return iter(dataset)
 
     def get_state(self) -> dict[str, Any]:
@@ -114,6 +124,7 @@ def train_pipeline(
     data: ConfigDict,
     seed: int,
     rows: Sequence[int] | None = None,
+    put: Put | None = None,
 ) -> PipelineIterator:
     """Batches without end: every epoch all pictures in another order, cropped and mirrored anew.
 
@@ -127,6 +138,8 @@ def train_pipeline(
       batch_size: rows of all hosts together.
       rows: those of them that this host gets, b of them; None: all.
       image_size: S; 0 reads no pictures, and leaves 'image' out.
+      put: takes a batch to the devices, say, in a thread and while those before it are used; what
+        it makes of a batch is given instead. A batch counts in the state once it is given.
       data: cache, workers, max_tags, drop_caption, crop_scale, flip and max_unreadable, as in the
         configs.
 
@@ -148,7 +161,7 @@ def train_pipeline(
         data=data,
         seed=seed,
     )
-    return PipelineIterator(batches, workers=data.workers)
+    return PipelineIterator(batches, workers=data.workers, put=put)
 
 
 def train_shapes(
