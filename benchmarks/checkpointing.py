@@ -9,6 +9,7 @@ they do the wall time: those of a step, and those of a save with the writing beh
 import argparse
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -38,6 +39,7 @@ def main() -> None:
         texts=task.text_fields(),
         data=config.data,
         seed=config.seed,
+        put=partial(sharding.put_batch, mesh=mesh),
     )
     graphdef, current, shardings, tx = state.create(task, config, mesh)
     step = state.make_train_step(task, graphdef, tx, config, shardings)
@@ -46,7 +48,7 @@ def main() -> None:
         nonlocal current
         began = time.process_time()
         for _ in range(count):
-            current, _ = step(current, sharding.put_batch(next(data), mesh))
+            current, _ = step(current, next(data))
         jax.block_until_ready(current)
         return time.process_time() - began
 

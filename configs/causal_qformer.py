@@ -97,8 +97,13 @@ def get_config() -> ConfigDict:
 
     config.data = ConfigDict(
         {
-            "path": "",  # folder of pictures with captions, ArrayRecord shards, or "embedded"
+            # Folder of pictures with captions, ArrayRecord shards, or "embedded"; several, split by
+            # commas, are mixed.
+            "path": "",
             "split": "",  # records whose "split" field says so; "" takes all
+            # Of several sets, how many rows come from each, such as (2.0, 1.0): one that is small
+            # for its weight comes round more often. () takes every record once an epoch.
+            "weights": (),
             "cache": False,  # keep decoded pictures in memory
             "workers": 8,  # processes that read ahead; 0 reads in this one
             "max_tags": 0,  # tags drawn onto a caption, for sets that have tags

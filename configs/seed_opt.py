@@ -25,7 +25,9 @@ def get_config() -> ConfigDict:
     config.opt = (
         "opt-2.7b"  # folder of the base, or its model directory; "" is the packaged tiny one
     )
-    config.codes = ""  # codes.jsonl of all pictures; "" computes codes in the step
+    # codes.jsonl of all pictures (of several sets one each, split by commas); "" computes codes in
+    # the step
+    config.codes = ""
     config.train_words = False  # also train the word embeddings of the base
     del config.train_vit, config.first_scale, config.tokenizer, config.loss
 

@@ -4,11 +4,12 @@ Run it again and it goes on where it stopped. Ctrl-C (or SIGTERM) saves before i
 end WORKDIR/model holds the model directory that the other commands load.
 """
 
+import contextlib
 import json
 import math
 import signal
 import sys
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, cast
@@ -23,7 +24,7 @@ from ml_collections import ConfigDict, config_flags
 from seed_jax import cli, hosts, sharding, state
 from seed_jax.checkpoint import Checkpoints, give_back_room
 from seed_jax.cli import UserError
-from seed_jax.data import features, pipeline, sources
+from seed_jax.data import features, mixture, pipeline
 from seed_jax.data.batches import PipelineIterator, state_of_host
 from seed_jax.data.sources import Records
 from seed_jax.files import replace_text
@@ -89,7 +90,47 @@ def run(task_class: type[Task], config: ConfigDict, workdir: Path) -> None:
     check_batch(config, mesh)
     task = task_class(config)
     source, data = open_data(config, task, mesh)
-    hosts.agree(f"{len(source)} records in {source.path}")
+    with contextlib.closing(data):
+        hosts.agree(f"{len(source)} records in {source.path}")
+        train_on(data, source, task, config, mesh, workdir)
+
+
+def open_data(config: ConfigDict, task: Task, mesh: Mesh) -> tuple[Records, PipelineIterator]:
+    """The training set, and this process's rows of its batches: of pictures or of features."""
+    rows = sharding.local_rows(mesh, config.batch_size)
+    put = partial(sharding.put_batch, mesh=mesh)
+    if config.data.get("features"):
+        made = features.FeatureSource(config.data.features)
+        return made, features.train_pipeline(
+            made,
+            batch_size=config.batch_size,
+            data=config.data,
+            seed=config.seed,
+            rows=rows,
+            put=put,
+        )
+    source = mixture.open_training_set(config.data)
+    return source, pipeline.train_pipeline(
+        source,
+        batch_size=config.batch_size,
+        image_size=config.image_size,
+        texts=task.text_fields(),
+        data=config.data,
+        seed=config.seed,
+        rows=rows,
+        put=put,
+    )
+
+
+def train_on(
+    data: PipelineIterator,
+    source: Records,
+    task: Task,
+    config: ConfigDict,
+    mesh: Mesh,
+    workdir: Path,
+) -> None:
+    """Runs the steps that are left, and writes the model."""
     graphdef, current, shardings, tx = state.create(task, config, mesh)
     hosts.agree("built")  # as in `compiled_everywhere`
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)
@@ -104,7 +145,7 @@ def run(task_class: type[Task], config: ConfigDict, workdir: Path) -> None:
         start = 0
         model = nnx.merge(graphdef, current.params, current.rest)
         first = data.get_state()
-        task.prepare(model, on_mesh(data, mesh))
+        task.prepare(model, data)
         data.set_state(first)  # what the task looked at is trained on all the same
         current = state.with_model(current, model, task, shardings)
 
@@ -126,7 +167,7 @@ def run(task_class: type[Task], config: ConfigDict, workdir: Path) -> None:
     step, pending = start, None
     try:
         while step < config.steps and not stop.received_before(step):
-            batch = sharding.put_batch(next(data), mesh)
+            batch = next(data)
             if step == start and jax.process_count() > 1:
                 step_fn = compiled_everywhere(step_fn, current, batch)
             current, metrics = step_fn(current, batch)
@@ -144,7 +185,6 @@ def run(task_class: type[Task], config: ConfigDict, workdir: Path) -> None:
             look_at(*pending)
         checkpoints.save(step, current, data.get_state())
     finally:
-        data.close()
         writer.close()
         checkpoints.close()
     report_unreadable(data.unreadable)
@@ -158,26 +198,6 @@ def run(task_class: type[Task], config: ConfigDict, workdir: Path) -> None:
     tell(f"trained {step} steps; the model is in {workdir / 'model'}")
 
 
-def open_data(config: ConfigDict, task: Task, mesh: Mesh) -> tuple[Records, PipelineIterator]:
-    """The training set, and this process's rows of its batches: of pictures or of features."""
-    rows = sharding.local_rows(mesh, config.batch_size)
-    if config.data.get("features"):
-        made = features.FeatureSource(config.data.features)
-        return made, features.train_pipeline(
-            made, batch_size=config.batch_size, data=config.data, seed=config.seed, rows=rows
-        )
-    source = sources.open_source(config.data.path, config.data.split)
-    return source, pipeline.train_pipeline(
-        source,
-        batch_size=config.batch_size,
-        image_size=config.image_size,
-        texts=task.text_fields(),
-        data=config.data,
-        seed=config.seed,
-        rows=rows,
-    )
-
-
 def compiled_everywhere(
     step_fn: TrainStep, current: state.TrainState, batch: dict[str, jax.Array]
 ) -> TrainStep:
@@ -188,11 +208,6 @@ def compiled_everywhere(
     compiled = cast(jax.stages.Wrapped, step_fn).lower(current, batch).compile()
     hosts.agree("compiled")
     return compiled
-
-
-def on_mesh(data: Iterator[dict[str, Any]], mesh: Mesh) -> Iterator[dict[str, jax.Array]]:
-    for batch in data:
-        yield sharding.put_batch(batch, mesh)
 
 
 def check_batch(config: ConfigDict, mesh: Mesh) -> None:

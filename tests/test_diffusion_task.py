@@ -1,5 +1,7 @@
 """What the U-Net learns from: what the frozen parts made of each record, remembered."""
 
+from functools import partial
+
 import jax
 import numpy as np
 from flax import nnx
@@ -9,7 +11,6 @@ from seed_jax import sharding, state
 from seed_jax.data import pipeline, sources
 from seed_jax.tasks.autoencoder import to_signed
 from seed_jax.tasks.diffusion import Diffusion
-from seed_jax.train import on_mesh
 from tests.pictures import write_folder
 from tests.tiny_diffusion import save_stable_diffusion
 
@@ -32,10 +33,11 @@ def test_each_record_is_remembered_at_its_own_place(tmp_path):
         texts=task.text_fields(),
         data=config.data,
         seed=0,
+        put=partial(sharding.put_batch, mesh=mesh),
     )
     graphdef, current, _, _ = state.create(task, config, mesh)
     model = nnx.merge(graphdef, current.params, current.rest)
-    task.prepare(model, on_mesh(batches, mesh))
+    task.prepare(model, batches)
     batches.close()
 
     whole = pipeline.eval_batches(

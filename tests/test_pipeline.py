@@ -6,8 +6,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -44,7 +48,7 @@ def config(**changes) -> ConfigDict:
     return ConfigDict(values | changes)
 
 
-def train(source, texts=None, *, batch_size=8, seed=0, rows=None, **changes):
+def train(source, texts=None, *, batch_size=8, seed=0, rows=None, put=None, **changes):
     return pipeline.train_pipeline(
         source,
         batch_size=batch_size,
@@ -53,6 +57,7 @@ def train(source, texts=None, *, batch_size=8, seed=0, rows=None, **changes):
         data=config(**changes),
         seed=seed,
         rows=rows,
+        put=put,
     )
 
 
@@ -182,6 +187,46 @@ def test_the_cache_reads_each_picture_once_and_changes_nothing(texts, monkeypatc
     again = take(batches, 10)
     assert source.reads == [1] * 16
     assert_same(again, take(train(CountingSource(16), texts), 10))
+
+
+# On the way to devices
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_are_put_ahead_and_count_once_they_are_given(tmp_path, texts, workers):
+    source = open_source(write_records(tmp_path / "x.array_record", 101, unreadable=(5,)))
+    expected = take(train(source, texts), 20)
+    numbers = []
+
+    def put(batch):
+        numbers.append(len(numbers))
+        return {name: jnp.asarray(value) for name, value in batch.items()}
+
+    batches = train(source, texts, put=put, workers=workers)
+    given = take(batches, 9)
+    assert all(isinstance(array, jax.Array) for array in given[0].values())
+    assert_same(given, expected[:9])
+    deadline = time.monotonic() + 300
+    while len(numbers) < 11 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(numbers) == 11  # one waits, and one waits for its place
+    state = json.loads(json.dumps(batches.get_state()))
+    assert state["batch"] == 9
+    assert_same(take(batches, 2), expected[9:11])
+    batches.set_state(state)
+    assert_same(take(batches, 11), expected[9:])
+    batches.close()
+    assert not [thread for thread in threading.enumerate() if "prefetch-Thread" in thread.name]
+
+
+def test_a_users_mistake_comes_through_from_the_thread_that_puts(tmp_path, texts):
+    rows = records(16)
+    rows[7]["captions"] = []
+    write_array_record(tmp_path / "x.array_record", rows)
+    batches = train(open_source(tmp_path), texts, put=lambda batch: batch)
+    with pytest.raises(UserError, match="picture-7 has no caption"):
+        take(batches, 2)
+    batches.close()
 
 
 # Unreadable pictures

@@ -132,7 +132,7 @@ VISUAL = VisualOPTConfig(
 )
 
 
-def pairs(per_row: int, share: float, row_length: int = 96) -> PackedPairs:
+def pairs(per_row: int, share: float, row_length: int = 96, codes=()) -> PackedPairs:
     return PackedPairs(
         words(),
         VISUAL,
@@ -142,6 +142,7 @@ def pairs(per_row: int, share: float, row_length: int = 96) -> PackedPairs:
         prompts=["A photo of"],
         picture_to_text_batches=0,
         drawing_share=share,
+        codes=codes,
     )
 
 
@@ -169,6 +170,25 @@ def test_sequences_are_those_of_figure_4():
             asked = [w.begin, *w.encode("Generate an image a cat"), w.end]
             assert used == [*asked, *picture]
             assert targets == picture
+
+
+def test_pictures_of_one_name_in_two_sets_have_codes_of_their_own(tokenizer, tmp_path):
+    content_hash = model_dir.describe(tokenizer)["content_hash"]
+    tables = []
+    for number in range(2):
+        file = tmp_path / f"{number}.jsonl"
+        codes = list(range(number, number + QUERIES))
+        line = {"image": "1.jpg", "codes": codes, "model": content_hash[:16]}
+        file.write_text(json.dumps(line) + "\n")
+        tables.append(CodesTable(file, content_hash, queries=QUERIES, size=CODES))
+    record = {"id": "1.jpg", "image": b"", "captions": []}
+    rows = [DrawnCaption("a cat", record | {"set": number}, Random(0)) for number in (1, 0)]
+    packed = pairs(1, 0.0, codes=tables).training_rows("pair", rows, 0)
+    first = VISUAL.opt.vocab_size
+    assert packed["pair_ids"][0, 1 : 1 + QUERIES].tolist() == list(
+        range(first + 1, first + 1 + QUERIES)
+    )
+    assert packed["pair_ids"][1, 1 : 1 + QUERIES].tolist() == list(range(first, first + QUERIES))
 
 
 def test_the_base_reads_tags_before_the_caption_that_they_are_of():
@@ -317,6 +337,7 @@ def test_a_question_needs_a_picture(trained, capsys):
         ({"opt": "nowhere"}, "nowhere/config.json is missing"),
         ({"sequences.row_length": 40}, "row_length is 40 tokens, but a sequence can have"),
         ({"codes": "gone.jsonl"}, "no such file; python -m seed_jax.tokenize writes one"),
+        ({"codes": "a.jsonl,b.jsonl"}, "config.codes names 2 files, but config.data.path 1 sets"),
     ],
 )
 def test_mistakes_in_the_config(tokenizer, base, pictures, tmp_path, changes, message):

@@ -30,6 +30,7 @@ from seed_jax.metrics import MetricsWriter
 from seed_jax.models import teacher
 from seed_jax.models.stable_diffusion import AutoencoderConfig
 from seed_jax.train import train
+from tests.pictures import picture
 
 ROOT = Path(__file__).parents[1]
 
@@ -259,6 +260,41 @@ def test_a_config_that_is_not_there(tmp_path):
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1
     assert "configs/nowhere.py" in done.stderr
+
+
+def write_captioned(folder: Path, count: int) -> Path:
+    folder.mkdir()
+    for number in range(count):
+        (folder / f"{number}.png").write_bytes(picture(number, 32))
+        (folder / f"{number}.txt").write_text(f"a cat on mat {number}\n")
+    return folder
+
+
+def test_training_on_two_sets(tmp_path):
+    sets = [write_captioned(tmp_path / name, count) for name, count in (("a", 20), ("b", 5))]
+    arguments = [
+        "--config=configs/tiny_causal_qformer.py",
+        f"--workdir={tmp_path / 'w'}",
+        f"--config.data.path={sets[0]},{sets[1]}",
+        "--config.data.split=",
+        "--config.steps=3",
+        "--config.batch_size=9",
+        "--config.log_every=1",
+        "--config.image_size=32",
+        "--config.model.vit.image_size=32",
+        "--config.model.vit.depth=1",
+        "--config.model.qformer.depth=1",
+    ]
+    done = run_cli(*arguments, "--config.data.weights=2,1")
+    assert done.returncode == 0, done.stderr
+    assert [row["step"] for row in metrics(tmp_path / "w")] == [1, 2, 3]
+    noted = json.loads((tmp_path / "w/config.json").read_text())["data"]
+    assert noted["weights"] == [2, 1]
+
+    done = run_cli(*arguments, "--config.data.weights=2,0")
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert "config.data.weights is (2, 0)" in line
 
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):

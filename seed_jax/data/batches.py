@@ -2,8 +2,8 @@
 
 A training batch is a function of (seed, its number) alone. So the iterator's state is that number,
 a run resumes bitwise, and the batches are the same for any number of hosts, worker processes or
-threads. This holds for unreadable records too: another one, drawn from the row's own generator,
-takes the row, and no later row moves.
+threads. This holds for unreadable records too: another one of the same set, drawn from the row's
+own generator, takes the row, and no later row moves.
 """
 
 import multiprocessing
@@ -17,13 +17,16 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 import grain
 import numpy as np
 from absl import flags
+from grain.experimental import ThreadPrefetchIterDataset
 from ml_collections import ConfigDict
 
 from seed_jax.cli import UserError
+from seed_jax.data import mixture
 from seed_jax.data.limit import Limit
 from seed_jax.data.sources import Records
 
 Batch = dict[str, np.ndarray]
+Put = Callable[[Batch], dict[str, Any]]
 R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
 
@@ -46,7 +49,7 @@ class Numbered(Protocol):
     def __getitem__(self, number: int) -> tuple[Batch, dict[int, str]]: ...
 
 
-class PipelineIterator(Iterator[Batch]):
+class PipelineIterator(Iterator[dict[str, Any]]):
     """Batches, and the pictures that could not be read on the way to them.
 
     `get_state` and `set_state` go back and forth between batches with what is cached kept; the
@@ -54,9 +57,11 @@ class PipelineIterator(Iterator[Batch]):
     stops threads and workers.
     """
 
-    def __init__(self, batches: Numbered, *, workers: int):
+    def __init__(self, batches: Numbered, *, workers: int, put: Put | None = None):
+        """`put` makes of a batch what is given, in a thread and up to two batches ahead."""
         self._batches = batches
         self._workers = workers
+        self._put = put
         self._number = 0
         self._unreadable: dict[int, str] = {}
         self._iterator: grain.DatasetIterator | None = None
@@ -66,7 +71,7 @@ class PipelineIterator(Iterator[Batch]):
         """Name and reason of each picture met so far that could not be read."""
         return list(self._unreadable.values())
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> dict[str, Any]:
         """The next batch.
 
         Raises:
@@ -94,6 +99,10 @@ class PipelineIterator(Iterator[Batch]):
                 grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=READ_AHEAD),
                 worker_init_fn=live_and_die_with_parent,
             )
+        if (put := self._put) is not None:
+            # Not by grain's device_put, which would need the whole batch on every host.
+            dataset = dataset.map(lambda read: (put(read[0]), read[1]))
+            dataset = ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=1)
         return iter(dataset)
 
     def get_state(self) -> dict[str, Any]:
@@ -143,12 +152,14 @@ def shuffled(
     data: ConfigDict,
     seed: int,
     rows: Sequence[int] | None = None,
+    put: Put | None = None,
 ) -> PipelineIterator:
     """Batches without end: every epoch all records in another order.
 
     Args:
       join: makes a batch of its rows, how many these are, and its number; can be pickled.
-      batch_size, rows, data, seed: as for `train_pipeline`; of data, workers and max_unreadable.
+      batch_size, rows, data, seed, put: as for `train_pipeline`; of data, workers and
+        max_unreadable.
 
     Raises:
       UserError: as `train_pipeline`.
@@ -167,7 +178,7 @@ def shuffled(
         seed=seed,
         max_unreadable=data.max_unreadable,
     )
-    return PipelineIterator(batches, workers=data.workers)
+    return PipelineIterator(batches, workers=data.workers, put=put)
 
 
 def state_of_host(states: Sequence[Mapping[str, Any]], index: int, count: int) -> dict[str, Any]:
@@ -208,7 +219,8 @@ class _TrainBatches(Generic[R]):
     ):
         self._records = records
         self._join = join
-        self._order = grain.MapDataset.range(len(records)).seed(seed).shuffle().repeat()
+        self._order = mixture.training_order(records.source, seed)
+        self._spans = [one.span for one in mixture.sets_of(records.source)]
         self._batch_size = batch_size
         self._rows = rows
         self._seed = seed
@@ -235,4 +247,5 @@ class _TrainBatches(Generic[R]):
                 unreadable[index] = str(error)
             # Too many already: without this, one row would go through a whole set of them.
             self.limit.check(unreadable, batches_read=0)
-            index = rng.randrange(len(self._records))
+            span = next(span for span in self._spans if index in span)
+            index = rng.randrange(span.start, span.stop)

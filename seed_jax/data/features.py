@@ -15,7 +15,14 @@ from ml_collections import ConfigDict
 
 from seed_jax.cli import UserError, first_line
 from seed_jax.data import prepared
-from seed_jax.data.batches import Batch, PipelineIterator, Row, UnreadablePicture, shuffled
+from seed_jax.data.batches import (
+    Batch,
+    PipelineIterator,
+    Put,
+    Row,
+    UnreadablePicture,
+    shuffled,
+)
 from seed_jax.data.pipeline import Drawing
 from seed_jax.data.sources import ArrayRecordSource
 
@@ -120,6 +127,7 @@ def train_pipeline(
     data: ConfigDict,
     seed: int,
     rows: Sequence[int] | None = None,
+    put: Put | None = None,
 ) -> PipelineIterator:
     """As `pipeline.train_pipeline`, in the same order, of features instead of pictures and texts.
 
@@ -133,6 +141,7 @@ def train_pipeline(
         data=data,
         seed=seed,
         rows=rows,
+        put=put,
     )
 
 

@@ -12,7 +12,14 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from seed_jax.data import transforms
-from seed_jax.data.batches import Batch, PipelineIterator, Row, UnreadablePicture, shuffled
+from seed_jax.data.batches import (
+    Batch,
+    PipelineIterator,
+    Put,
+    Row,
+    UnreadablePicture,
+    shuffled,
+)
 from seed_jax.data.limit import Limit
 from seed_jax.data.sources import Record, Source
 from seed_jax.data.text import CaptionField, DrawnCaption, TextField, choose_caption
@@ -51,8 +58,11 @@ def train_pipeline(
     data: ConfigDict,
     seed: int,
     rows: Sequence[int] | None = None,
+    put: Put | None = None,
 ) -> PipelineIterator:
     """Batches without end: every epoch all pictures in another order, cropped and mirrored anew.
+
+    A `Mixture` with weights has epochs of each set, side by side.
 
     A batch is {'image': uint8 [b, S, S, 3], 'index': int32 [b], the record's place in the source,
     and what each text makes of the captions, such as '<name>': int32 [b, T], '<name>_mask': bool
@@ -62,6 +72,8 @@ def train_pipeline(
       batch_size: rows of all hosts together.
       rows: those of them that this host gets, b of them; None: all.
       image_size: S; 0 reads no pictures, and leaves 'image' out.
+      put: takes a batch to the devices, say, in a thread and while those before it are used; what
+        it makes of a batch is given instead. A batch counts in the state once it is given.
       data: cache, workers, max_tags, drop_caption, crop_scale, flip and max_unreadable, as in the
         configs.
 
@@ -76,6 +88,7 @@ def train_pipeline(
         data=data,
         seed=seed,
         rows=rows,
+        put=put,
     )
 
 

@@ -150,7 +150,7 @@ class PackedPairs:
         prompts: Sequence[str],
         picture_to_text_batches: int,
         drawing_share: float,
-        codes: CodesTable | None = None,
+        codes: Sequence[CodesTable] = (),
     ):
         """Sets how rows are made.
 
@@ -159,7 +159,7 @@ class PackedPairs:
           prompts: of which one is drawn to ask for a caption.
           picture_to_text_batches: so many first batches are picture to text alone.
           drawing_share: of the sequences after them that are text to picture.
-          codes: of all pictures; None leaves them to be filled in.
+          codes: of the pictures of each set; none leaves them to be filled in.
         """
         self._words, self._config = words, config
         self._row_length, self._per_row = row_length, per_row
@@ -199,11 +199,12 @@ class PackedPairs:
 
     def _sequence(self, row: DrawnCaption, place: int, share: float) -> TokenSequence:
         config, words = self._config, self._words
-        if self._codes is None:
+        if not self._codes:
             first = place * config.picture_codes
             codes = [-1 - i for i in range(first, first + config.picture_codes)]
         else:
-            codes = [config.opt.vocab_size + code for code in self._codes[row.record["id"]]]
+            known = self._codes[row.record.get("set", 0)]
+            codes = [config.opt.vocab_size + code for code in known[row.record["id"]]]
         picture = [config.begin, *codes, config.end]
         caption = words.encode(f" {row.caption}")[: self._caption_length]
         if row.rng.random() < share:

@@ -35,6 +35,7 @@ class Record(TypedDict):
     tags: NotRequired[list[str]]  # words that a person attached to the picture
     split: NotRequired[str]
     domain: NotRequired[str]  # NoCaps: how far its things are from those of COCO
+    set: NotRequired[int]  # which of the sets of a mixture it is from; not on disk
 
 
 class Records(Protocol):

@@ -143,8 +143,7 @@ class Codebook:
         causal = (qformer.queries, qformer.width)
         states = (text.max_position_embeddings, text.hidden_size)
         return Memory(
-            self.config.data.path,
-            self.config.data.split,
+            self.config.data,
             {
                 "causal": jax.ShapeDtypeStruct(causal, jnp.float32),
                 "states": jax.ShapeDtypeStruct(states, jnp.float16),

@@ -98,8 +98,7 @@ class Diffusion:
         latents = jax.ShapeDtypeStruct((side, side, sizes.latent_channels), jnp.float32)
         states = (text.max_position_embeddings, text.hidden_size)
         return Memory(
-            self.config.data.path,
-            self.config.data.split,
+            self.config.data,
             {
                 "mean": latents,
                 "logvar": latents,

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from ml_collections import ConfigDict
 
 from seed_jax import sharding
-from seed_jax.data import sources
+from seed_jax.data import mixture
 from seed_jax.models.layers import Array, M
 from seed_jax.tasks import Batch
 
@@ -24,15 +25,16 @@ class Memory(nnx.Module):
     """Tables of outputs by name, empty until `fill`.
 
     Args:
-      path, split: the training set.
+      data: the training set, as in the configs.
       outputs: name -> shape and dtype of what is kept of a record.
     """
 
-    def __init__(self, path: str, split: str, outputs: Mapping[str, jax.ShapeDtypeStruct]):
-        self.records = len(sources.open_source(path, split))
+    def __init__(self, data: ConfigDict, outputs: Mapping[str, jax.ShapeDtypeStruct]):
+        source = mixture.open_training_set(data)
+        self._rows = mixture.rows_of_a_pass(source)
         self.tables = nnx.Dict(
             {
-                name: Remembered(jnp.zeros((self.records, *kept.shape), kept.dtype))
+                name: Remembered(jnp.zeros((len(source), *kept.shape), kept.dtype))
                 for name, kept in outputs.items()
             }
         )
@@ -50,13 +52,16 @@ class Memory(nnx.Module):
     ) -> None:
         """One pass over the set, with the views and captions that it draws.
 
+        Where sets are mixed with weights, those that come round more often are run as often, and
+        what is kept is of the last time.
+
         Args:
           run: (frozen, batch) -> name -> [B, ...]; compiled here.
         """
         graphdef, state = nnx.split(frozen)
         compiled = jax.jit(lambda state, batch: run(nnx.merge(graphdef, state), batch))
         filled = {name: np.zeros(table.shape, table.dtype) for name, table in self.tables.items()}
-        for _ in range(-(-self.records // batch_size)):
+        for _ in range(-(-self._rows // batch_size)):
             batch = next(batches)
             index_B = sharding.on_host(batch["index"])
             for name, rows in sharding.on_host(compiled(state, batch)).items():

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from seed_jax import base_opt, losses, model_dir
 from seed_jax.cli import UserError
 from seed_jax.data.codes import CodesTable
+from seed_jax.data.mixture import split_paths
 from seed_jax.data.sequences import PackedPairs, Words
 from seed_jax.data.text import CaptionField, load_tokenizer
 from seed_jax.models import int8
@@ -89,14 +90,7 @@ class SeedOPTTraining:
         return path[-1] in ADAPTERS or path[1] in VISUAL or words
 
     def text_fields(self) -> Mapping[str, CaptionField]:
-        sequences, codes = self.config.sequences, None
-        if self.config.codes:
-            codes = CodesTable(
-                self.config.codes,
-                self.tokenizer_hash,
-                queries=self.sizes.picture_codes,
-                size=self.sizes.codes,
-            )
+        sequences, codes = self.config.sequences, self._read_codes()
         field = PackedPairs(
             Words(self.text_tokenizer),
             self.sizes,
@@ -109,6 +103,24 @@ class SeedOPTTraining:
             codes=codes,
         )
         return {"pair": field}
+
+    def _read_codes(self) -> list[CodesTable]:
+        files = split_paths(self.config.codes) if self.config.codes else []
+        sets = split_paths(self.config.data.path)
+        if files and len(files) != len(sets):
+            raise UserError(
+                f"config.codes names {len(files)} files, but config.data.path {len(sets)} sets "
+                f"({','.join(sets)}); give the codes of each, split by commas"
+            )
+        return [
+            CodesTable(
+                file,
+                self.tokenizer_hash,
+                queries=self.sizes.picture_codes,
+                size=self.sizes.codes,
+            )
+            for file in files
+        ]
 
     def prepare(self, model: TokenizedOPT, batches: Any) -> None:
         tokenizer = model.tokenizer
