@@ -1,13 +1,16 @@
 """Official annotation files, made up here in their layouts."""
 
+import hashlib
 import json
 import re
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from seed_jax.cli import UserError
+from seed_jax.data import checksums
 from seed_jax.data.annotations import open_annotations
 from seed_jax.data.questions import open_questions
 from tests.pictures import picture
@@ -73,6 +76,28 @@ def test_whole_files_are_what_the_paper_measured_on(tmp_path):
         entry["split"] = "train"
     source = open_annotations(save(tmp_path / "dataset.json", content), images)
     assert (len(source), source.benchmark) == (1000, "Flickr30K 1K")
+
+
+def test_files_that_are_not_the_published_ones_are_told(tmp_path, monkeypatch, capsys):
+    images = put(tmp_path / "images", "2.jpg", "3.jpg")
+    file = save(tmp_path / "dataset_coco.json", karpathy(4))
+
+    def told() -> str:
+        assert len(open_annotations(file, images)) == 2
+        return capsys.readouterr().out
+
+    assert told() == ""  # nothing is known of it
+    archive = tmp_path / "caption_datasets.zip"
+    with zipfile.ZipFile(archive, "w") as opened:
+        opened.write(file, "datasets/dataset_coco.json")
+    assert f"{archive} has SHA-256" in told()
+    published = {archive.name: hashlib.sha256(archive.read_bytes()).hexdigest()}
+    monkeypatch.setattr(checksums, "PUBLISHED", published)
+    assert told() == ""
+    file.write_text(file.read_text().replace("caption 2.0", "caption 2,0"))
+    assert f"{file} is not what {archive} holds" in told()
+    monkeypatch.setitem(checksums.PUBLISHED, file.name, "0" * 64)
+    assert "the published one 000000000000…; figures may not compare" in told()
 
 
 def test_coco_and_nocaps(tmp_path):

@@ -216,11 +216,11 @@ def test_rules_of_accuracy():
 
 def test_unreadable_pictures_and_empty_answers_are_told(tmp_path, capsys):
     picture = write_pictures(tmp_path / "pictures", 1) / "000.png"
-    tasks = [writing.Task(str(i), picture.read_bytes) for i in range(150)]
-    tasks[7] = writing.Task("7", lambda: b"no picture")
+    tasks = [writing.Task(str(i), lambda: writing.read(picture)) for i in range(150)]
+    tasks[7] = writing.Task("7", lambda: writing.read(b"no picture"))
     written = writing.write(
         tasks,
-        Journal(None, ""),
+        Journal(),
         lambda pictures, texts: ["", *["a"] * (len(pictures) - 1)],
         batch_size=50,
         what="answer",
@@ -231,6 +231,4 @@ def test_unreadable_pictures_and_empty_answers_are_told(tmp_path, capsys):
     assert "1 pictures could not be read" in told
     tasks[8] = tasks[7]._replace(id="8")
     with pytest.raises(UserError, match="2 of 150 pictures can't be read"):
-        writing.write(
-            tasks, Journal(None, ""), lambda p, t: ["a"] * len(p), batch_size=50, what="a"
-        )
+        writing.write(tasks, Journal(), lambda p, t: ["a"] * len(p), batch_size=50, what="a")

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from seed_jax.cli import UserError
+from seed_jax.data import checksums
 from seed_jax.data.sources import Record
 
 ALLOWED_MISSING = 0.01
@@ -103,11 +104,15 @@ def open_annotations(
       captions: keeps so many first captions of each picture; 0 keeps all.
       allow_missing: leaves out pictures that are not there, however many; otherwise up to 1 %.
 
+    A file that is not the published one of its name is told, and read all the same.
+
     Raises:
       UserError: the file is none of these, is cut short, names a picture twice, has captions of
         none or none of a picture; no such split; or too many pictures are missing.
     """
     layout, dataset, said = read_annotations(path)
+    if doubt := checksums.doubt(path):
+        print(f"{doubt}; figures may not compare with others': download it again")
     if layout == "karpathy":
         split = split or "test"
     if split:

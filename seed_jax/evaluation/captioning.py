@@ -36,7 +36,7 @@ def evaluate(evaluation: Evaluation) -> Measured:
     """Writes a caption of every picture, five beams wide, and scores it against those it has."""
     source, model = evaluation.few, evaluation.seed_opt
     tasks = [
-        writing.Task(str(index), partial(lambda index: source[index]["image"], index))
+        writing.Task(str(index), partial(lambda index: writing.read(source[index]["image"]), index))
         for index in range(len(source))
     ]
     written = writing.write(
@@ -121,10 +121,7 @@ def table(found: dict[str, Any]) -> str:
         f"{found['pictures']} pictures, prompt “{found['prompt']}”, {found['beams']} beams, "
         f"{found['tokenizer']} tokenizer."
     )
-    told = "\n".join(
-        [told, *(f"{name} is left out: {why}." for name, why in found["left_out"].items())]
-    )
-    return f"{tables.markdown(head, rows)}\n\n{told}"
+    return "\n\n".join([tables.markdown(head, rows), told, *tables.left_out(found)])
 
 
 def headline(found: dict[str, Any]) -> list[tables.Line]:

@@ -13,7 +13,7 @@ Row = dict[str, Any]
 class Journal:
     """Rows by id, in a JSON-lines file whose first line says what they were made with."""
 
-    def __init__(self, path: Path | None, fingerprint: str):
+    def __init__(self, path: Path | None = None, fingerprint: str = ""):
         """Reads what there is; rows of other settings give way.
 
         Args:

@@ -4,6 +4,7 @@ Shapes in names: P pictures, Q codes of a picture, E contrastive width.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,8 +12,9 @@ import numpy as np
 from pycocoevalcap.cider.cider import Cider
 from tqdm import tqdm
 
-from seed_jax.evaluation import retrieval
+from seed_jax.evaluation import retrieval, writing
 from seed_jax.evaluation.caption_metrics import tokenize_simply
+from seed_jax.evaluation.journal import Journal
 from seed_jax.inference import Embeddings
 from seed_jax.seed_opt import SeedOPT
 
@@ -21,12 +23,15 @@ SHUFFLES = 10
 
 def caption_all(model: SeedOPT, codes_PQ: np.ndarray, *, batch_size: int) -> list[str]:
     """A caption of each picture, from its codes."""
-    captions: list[str] = []
-    with tqdm(total=len(codes_PQ), unit="caption", desc="captions", dynamic_ncols=True) as bar:
-        for start in range(0, len(codes_PQ), batch_size):
-            captions += model.caption(list(codes_PQ[start : start + batch_size]))
-            bar.update(len(captions) - bar.n)
-    return captions
+    tasks = [writing.Task(str(i), partial(codes_PQ.__getitem__, i)) for i in range(len(codes_PQ))]
+    written = writing.write(
+        tasks,
+        Journal(),
+        lambda codes, _: model.caption(codes),
+        batch_size=batch_size,
+        what="caption",
+    )
+    return list(written.values())
 
 
 def draw_all(model: SeedOPT, texts: Sequence[str], *, batch_size: int) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Markdown tables of figures, as they go to the terminal and to table.md."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 
@@ -37,6 +37,12 @@ def figure(
     if low is None or high is None:
         return text
     return f"{text} [{scale * low:.{digits}f}, {scale * high:.{digits}f}]"
+
+
+def left_out(found: Mapping[str, Any]) -> list[str]:
+    """A paragraph that says which metrics are not there, and why; none if all are."""
+    reasons = found.get("left_out", {}).items()
+    return ["\n".join(f"{name} is left out: {why}." for name, why in reasons)] if reasons else []
 
 
 def at(tree: Any, *names: Any) -> Any:

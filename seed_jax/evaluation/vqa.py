@@ -14,7 +14,7 @@ import numpy as np
 
 from seed_jax import seed_opt
 from seed_jax.cli import UserError
-from seed_jax.data import questions, transforms
+from seed_jax.data import questions
 from seed_jax.data.annotations import is_annotation_file
 from seed_jax.data.questions import Question, Questions
 from seed_jax.data.sequences import QUESTION_PROMPT
@@ -124,7 +124,7 @@ def sheet(asked: list[Question], written: dict[str, str]) -> list[Shown]:
     some = evenly(len(asked), ON_SHEET)
     shown = []
     for question in (asked[place] for place in some):
-        picture = np.asarray(transforms.decode(writing.read(question.picture)))
+        picture = np.asarray(writing.read(question.picture))
         title = textwrap.shorten(f"{question.question} {written[question.id]}", 40)
         shown.append(Shown(title, {"": picture}))
     return shown

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from PIL import Image
 from tqdm import tqdm
@@ -19,19 +19,19 @@ class Task(NamedTuple):
 
     Attributes:
       id: its own.
-      load: the encoded picture.
+      load: the picture, as `writer` takes it.
       text: what is asked, if anything is.
     """
 
     id: str
-    load: Callable[[], bytes]
+    load: Callable[[], Any]
     text: str = ""
 
 
 def write(
     tasks: Sequence[Task],
     journal: Journal,
-    writer: Callable[[list[Image.Image], list[str]], list[str]],
+    writer: Callable[[list[Any], list[str]], list[str]],
     *,
     batch_size: int,
     what: str,
@@ -53,7 +53,7 @@ def write(
             batch, pictures = [], []
             for task in left[start : start + batch_size]:
                 try:
-                    pictures.append(transforms.decode(task.load()))
+                    pictures.append(task.load())
                     batch.append(task)
                 except Exception:  # what broken files make decoders raise has no common base
                     unreadable.append(task.id)
@@ -78,6 +78,6 @@ def write(
     return found
 
 
-def read(picture: Path | bytes) -> bytes:
-    """An encoded picture."""
-    return picture if isinstance(picture, bytes) else picture.read_bytes()
+def read(picture: Path | bytes) -> Image.Image:
+    """A picture, from what is encoded or the file that it is in."""
+    return transforms.decode(picture if isinstance(picture, bytes) else picture.read_bytes())

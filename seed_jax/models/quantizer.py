@@ -4,6 +4,7 @@ Shapes: B batch, Q queries, C codes, K code dim.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -100,11 +101,17 @@ def usage_counts(codes_BQ: Array, size: int) -> Array:
     return jnp.zeros(size).at[codes_BQ.reshape(-1)].add(1.0)
 
 
-def codebook_health(counts_C: Array) -> dict[str, Array]:
-    """Share of codes in use, and perplexity (the effective number of codes), from counts [C]."""
-    probs_C = counts_C / jnp.maximum(counts_C.sum(), 1.0)
-    entropy = -jnp.sum(jnp.where(probs_C > 0, probs_C * jnp.log(jnp.maximum(probs_C, 1e-30)), 0.0))
-    return {"usage": jnp.mean(counts_C > 0), "perplexity": jnp.exp(entropy)}
+def codebook_health(counts: Any) -> dict[str, Any]:
+    """Share of codes in use, and perplexity (the effective number of codes), from counts [..., C].
+
+    Args:
+      counts: of JAX or NumPy, in whose arrays [...] the answer comes.
+    """
+    xp = counts.__array_namespace__()
+    probs = counts / xp.maximum(xp.sum(counts, axis=-1, keepdims=True), 1.0)
+    logs = xp.log(xp.where(probs > 0, probs, 1.0))
+    perplexity = xp.exp(-xp.sum(probs * logs, axis=-1))
+    return {"usage": xp.mean(counts > 0, axis=-1), "perplexity": perplexity}
 
 
 def reset_dead_codes(
