@@ -25,8 +25,8 @@ def get_config() -> ConfigDict:
     config.opt = (
         "opt-2.7b"  # folder of the base, or its model directory; "" is the packaged tiny one
     )
-    # What `seed_jax.tokenize` wrote (of several sets, one each, split by commas); "" computes codes in
-    # the step.
+    # What `seed_jax.tokenize` wrote (of several sets, one each, split by commas); "" computes codes
+    # in the step.
     config.codes = ""
     config.train_words = False  # also train the word embeddings of the base
     del config.train_vit, config.first_scale, config.tokenizer, config.loss
