@@ -6,7 +6,7 @@
 Hardware: 64 V100 (the paper's took 44 hours). OPT_DIR is OPT-2.7B as transformers saves it, or what
 seed_jax.convert made of one. Rank, learning rate and its like are of the follow-up's published
 code; the paper gives none. With
---config.codes=codes.jsonl, which `seed_jax.tokenize` writes, no picture is read and no ViT runs.
+--config.codes=CODES, which `seed_jax.tokenize` writes, no picture is read and no ViT runs.
 """
 
 from ml_collections import ConfigDict
@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
     config.opt = (
         "opt-2.7b"  # folder of the base, or its model directory; "" is the packaged tiny one
     )
-    config.codes = ""  # codes.jsonl of all pictures; "" computes codes in the step
+    config.codes = ""  # what `seed_jax.tokenize` wrote; "" computes codes in the step
     config.train_words = False  # also train the word embeddings of the base
     del config.train_vit, config.first_scale, config.tokenizer, config.loss
 

@@ -136,9 +136,10 @@ class Encoder:
         read = 0
         for batch in batches:
             valid = batch["valid"]
-            codes_BQ = np.asarray(self._encode(batch["image"]))[valid]
+            codes_BQ = self._encode(batch["image"])
+            # Some sources read the records again for it: while the devices are busy.
             names = [pictures.name(int(index)) for index in batch["index"][valid]]
-            yield Codes(names, codes_BQ)
+            yield Codes(names, np.asarray(codes_BQ)[valid])
             read += int((batch["index"] >= 0).sum())
             tell(read, batches.unreadable)
 

@@ -48,9 +48,12 @@ def test_pictures_and_their_codes_are_drawn_alike(there, tmp_path):
     drawn = reconstruct(there, there / "pictures", tmp_path / "pictures")
     assert sorted(drawn) == [*(f"{i:03}.png" for i in range(PICTURES)), "sheet.png"]
     assert drawn["000.png"].std() > 1
-    again = reconstruct(there, there / "codes.jsonl", tmp_path / "codes")
-    for name in drawn.keys() - {"sheet.png"}:
-        np.testing.assert_array_equal(drawn[name], again[name])
+    images = ["--model", str(there / "model"), "--images", str(there / "pictures")]
+    tokenize.main([*images, "--output", str(tmp_path / "shards"), "--format", "parquet"])
+    for codes in (there / "codes.jsonl", tmp_path / "shards"):
+        again = reconstruct(there, codes, tmp_path / f"from {codes.name}")
+        for name in drawn.keys() - {"sheet.png"}:
+            np.testing.assert_array_equal(drawn[name], again[name])
     assert (drawn["000.png"] != drawn["001.png"]).any()
 
 
@@ -67,7 +70,7 @@ def line(**changes) -> str:
             rf"no code {CODES}; they go from 0 to {CODES - 1}",
         ),
         (line(codes=[-1] * QUERIES), "there is no code -1"),
-        (line() + line(model="another"), "codes.jsonl:2 was written with another model"),
+        (line() + line(model="another"), "codes.jsonl:2 has codes of another tokenizer"),
         ("[1, 2]\n", "codes.jsonl:1 is no line of codes"),
         ("", "holds no codes"),
     ],

@@ -203,22 +203,22 @@ def test_a_folder_of_other_pictures_or_of_something_else_is_refused(pictures, un
 
 
 def test_too_many_unreadable_pictures_of_a_process_or_of_all(pictures, tmp_path):
-    write_records(pictures, PICTURES, unreadable=(4, 5))
-    one = work(pictures, tmp_path / "out")
+    """One in each of two shards of the second process; each shard alone would pass."""
+    write_records(pictures, PICTURES, unreadable=(4, 10))
+    one = work(pictures, tmp_path / "out", max_unreadable=0.15)
     run(one, (0, 2), lambda: start(one))
-    with pytest.raises(
-        UserError, match=r"2 of 9 pictures can't be read: picture-4, picture-5; mend"
-    ):
+    with pytest.raises(UserError, match=r"2 of 9 pictures can't be read: picture-4, picture-10; m"):
         run(one, (1, 2), lambda: start(one))
+    assert len(files(one.folder)) == 5
     more = work(pictures, tmp_path / "out", max_unreadable=0.25)
-    run(more, (1, 2), lambda: start(one))
+    run(more, (1, 2), lambda: start(more))
     assert [one["id"] for one in contents(more.folder)] == [
-        f"picture-{n}" for n in range(PICTURES) if n not in (4, 5)
+        f"picture-{n}" for n in range(PICTURES) if n not in (4, 10)
     ]
     assert prepared.read_report(more.folder, FORMAT)["unreadable"] == 2
     strict = work(pictures, tmp_path / "out", max_unreadable=0.05)
     with pytest.raises(UserError, match="2 of 20 pictures can't be read"):
-        run(strict, (0, 1), lambda: start(one))
+        run(strict, (0, 1), lambda: start(strict))
 
 
 def test_a_full_disk_is_told_and_leaves_no_part_behind(pictures, tmp_path):

@@ -28,7 +28,6 @@ FORMAT = "seed_jax.tokenize 1"  # of folders
 LINES = ".jsonl"
 HASH_DIGITS = 16  # of a model's content hash
 AT_ONCE = 4096
-GROUP = 64
 
 
 class Codes(NamedTuple):
@@ -121,7 +120,7 @@ def _read_lines(path: Path, model_hash: str, *, unsigned: bool) -> Iterator[_Par
             try:
                 entry = json.loads(line)
                 name, codes = str(entry["image"]), entry["codes"]
-                model = entry.get("model", model_hash) if unsigned else entry["model"]
+                model = str(entry.get("model", model_hash) if unsigned else entry["model"])
                 names.append(name)
                 rows.append([int(code) for code in codes])
             except (ValueError, KeyError, TypeError, AttributeError):
@@ -199,7 +198,7 @@ def write_array_record(path: Path, parts: Iterable[Codes], *, model: str, querie
         for part in _with_text_names(parts)
         for name, codes in zip(part.names, part.codes_PQ.tolist(), strict=True)
     )
-    return write_rows(path, rows, group=GROUP)
+    return write_rows(path, rows)
 
 
 def write_parquet(path: Path, parts: Iterable[Codes], *, model: str, queries: int) -> int:

@@ -176,18 +176,14 @@ def write_array_record(path: str | Path, records: Iterable[Record]) -> int:
     return write_rows(path, (msgpack.packb(record) for record in records))
 
 
-def write_rows(path: str | Path, rows: Iterable[bytes], *, group: int = 1) -> int:
-    """Writes bytes to one ArrayRecord file; returns how many rows they were.
-
-    Args:
-      group: how many rows are compressed, and read, together. A row alone is not compressed: what
-        it holds, a picture, is already, and can be read in any order cheaply.
+def write_rows(path: str | Path, rows: Iterable[bytes]) -> int:
+    """Writes bytes to one ArrayRecord file that can be read in any order; returns how many rows.
 
     Raises:
       OSError: the file could not be written whole.
     """
-    how = "uncompressed" if group == 1 else "zstd"
-    writer = ArrayRecordWriter(str(path), f"group_size:{group},{how}")
+    # Grain asks for groups of one; pictures are compressed already.
+    writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")
     count = 0
     for row in rows:
         writer.write(row)
