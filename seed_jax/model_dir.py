@@ -277,7 +277,8 @@ def _parts(target: dict[str, jax.ShapeDtypeStruct]) -> Iterator[dict[str, jax.Sh
             part, size = {}, 0
         part[name] = target[name]
         size += _bytes(target[name])
-    yield part
+    if part:
+        yield part
 
 
 def _bytes(array: jax.ShapeDtypeStruct) -> int:

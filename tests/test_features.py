@@ -293,9 +293,9 @@ def test_features_that_belong_to_something_else_are_refused(init, whole, tmp_pat
     _, folder = whole
 
     def refused(match: str, **changes) -> None:
-        config = recipe(init, **changes)
+        config = recipe(**{"init": init, **changes})
         with pytest.raises(UserError, match=match) as error:
-            train(config.lock(), tmp_path / "w")
+            train(config.lock(), tmp_path / f"run {len(list(tmp_path.iterdir()))}")
         assert "\n" not in str(error.value)
 
     chosen = {"data.features": str(folder)}
