@@ -274,7 +274,6 @@ def test_training_on_two_sets(tmp_path):
     sets = [write_captioned(tmp_path / name, count) for name, count in (("a", 20), ("b", 5))]
     arguments = [
         "--config=configs/tiny_causal_qformer.py",
-        f"--workdir={tmp_path / 'w'}",
         f"--config.data.path={sets[0]},{sets[1]}",
         "--config.data.split=",
         "--config.steps=3",
@@ -285,13 +284,13 @@ def test_training_on_two_sets(tmp_path):
         "--config.model.vit.depth=1",
         "--config.model.qformer.depth=1",
     ]
-    done = run_cli(*arguments, "--config.data.weights=2,1")
+    done = run_cli(*arguments, f"--workdir={tmp_path / 'w'}", "--config.data.weights=2,1")
     assert done.returncode == 0, done.stderr
     assert [row["step"] for row in metrics(tmp_path / "w")] == [1, 2, 3]
     noted = json.loads((tmp_path / "w/config.json").read_text())["data"]
     assert noted["weights"] == [2, 1]
 
-    done = run_cli(*arguments, "--config.data.weights=2,0")
+    done = run_cli(*arguments, f"--workdir={tmp_path / 'bad'}", "--config.data.weights=2,0")
     assert done.returncode == 2
     (line,) = done.stderr.strip().splitlines()
     assert "config.data.weights is (2, 0)" in line
