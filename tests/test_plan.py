@@ -1,9 +1,18 @@
 """Plans: what is counted, by numbers worked out by hand, and a tiny config from end to end."""
 
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl.testing import flagsaver
 from flax import nnx
 
 from configs import causal_qformer, codebook, seed_opt, tiny_causal_qformer, tiny_codebook
@@ -12,7 +21,7 @@ from seed_jax.cli import UserError
 from seed_jax.data import pipeline, sources
 from seed_jax.planning import cost, stand_ins, targets
 from seed_jax.planning.cost import Efficiency, Work
-from seed_jax.planning.targets import TARGETS, Target, Topology
+from seed_jax.planning.targets import TARGETS, GiB, Target, Topology
 from seed_jax.train import TASKS
 from tests.test_train import small
 
@@ -121,10 +130,11 @@ def test_a_tiny_config(planned):
     model = nnx.eval_shape(lambda: TASKS[config.task](config).build(rngs=nnx.Rngs(0)))
     sizes = {path: value.size * 4 for path, value in nnx.to_flat_state(nnx.state(model, nnx.Param))}
     trained = sum(size for path, size in sizes.items() if path[0] != "vit")
-    assert made.params == sum(sizes.values())
-    assert made.trained == trained
-    assert made.optimizer == pytest.approx(2 * trained, rel=1e-3)  # Adam's moments, and counters
-    assert made.batch == 2 * (32 * 32 * 3 + 4 + 32 * 4 + 32)  # picture, index, text and its mask
+    memory = made.memory
+    assert memory.params == sum(sizes.values())
+    assert memory.trained == trained
+    assert memory.optimizer == pytest.approx(2 * trained, rel=1e-3)  # Adam's moments, and counters
+    assert memory.batch == 2 * (32 * 32 * 3 + 4 + 32 * 4 + 32)  # picture, index, text and its mask
     # On a mesh of data alone: the gradients of what trains, and those of the attention, which both
     # towers use, perhaps apart; and the features that each row is compared with.
     reduced = sum(c.sent() for c in made.sent if c.kind == "all-reduce")
@@ -133,19 +143,130 @@ def test_a_tiny_config(planned):
     assert 2 * 7 / 8 * trained <= reduced <= 2 * 7 / 8 * (trained + shared + features)
 
 
-def test_what_makes_it_fit_is_tried_smallest_first(planned):
-    config, _, made = planned
-    tight = made.params + made.optimizer + 1
-    assert plan.smaller(config, made, tight)[:2] == [
-        {"remat": "full"},
-        {"remat": "full", "accumulate": 2},
+def test_changes_come_from_the_least_costly_on():
+    config = small(tiny_causal_qformer.get_config(), batch_size=32).unlock()
+    config.mesh.update(data=-1, tensor=2)  # 4 x 1 x 2, so that a device has 8 rows
+    mesh = sharding.make_mesh(config.mesh.to_dict())
+    full, counts = {"remat": "full"}, ({}, *({"accumulate": n} for n in (2, 4, 8)))
+    assert list(plan.changes(config, mesh)) == [
+        {"remat": "dots"},
+        full,
+        *({**full, **count} for count in counts[1:]),
+        *({**full, **count, "mesh.fsdp": 2} for count in counts),
+        *({**full, **count, "mesh.fsdp": 4} for count in counts),
     ]
-    config = config.copy_and_resolve_references()
-    config.remat = "full"
-    changed = [list(change) for change in plan.smaller(config, made, tight)]
-    assert changed == 4 * [["accumulate"]] + 3 * [["mesh.fsdp"]]
-    # Microbatches don't help where the state alone is too large.
-    assert plan.smaller(config, made, tight - 2)[0] == {"mesh.fsdp": 2}
+    # Packed captions stay together; a mesh without -1 keeps its size; what is used up is left out.
+    config.update(remat="full", accumulate=2, sequences={"per_row": 2})
+    config.mesh.data = 4
+    assert list(plan.changes(config, mesh)) == [
+        {"accumulate": 4},
+        {"mesh.data": 2, "mesh.fsdp": 2},
+        {"accumulate": 4, "mesh.data": 2, "mesh.fsdp": 2},
+        {"mesh.data": 1, "mesh.fsdp": 4},
+        {"accumulate": 4, "mesh.data": 1, "mesh.fsdp": 4},
+    ]
+    for change in plan.changes(config, mesh):
+        config.update_from_flattened_dict(change)
+        assert sharding.make_mesh(config.mesh.to_dict()).size == 8
+
+
+SMALL = (
+    "--config=configs/tiny_causal_qformer.py",
+    "--target=v100-16gb",
+    "--devices=8",
+    "--config.batch_size=512",
+    "--config.image_size=32",
+    "--config.unroll=False",
+    "--config.model.vit.image_size=32",
+    "--config.model.vit.width=32",
+    "--config.model.vit.depth=1",
+    "--config.model.vit.mlp_dim=64",
+    "--config.model.qformer.width=32",
+    "--config.model.qformer.depth=1",
+    "--config.model.qformer.mlp_dim=64",
+    "--config.model.qformer.encoder_width=32",
+)
+
+
+@pytest.fixture
+def plan_on(monkeypatch, capsys):
+    """The command line on eight devices of so many bytes: its exit status and what it printed."""
+    topology = Topology(jax.devices(), "cpu", "a plug-in")
+    monkeypatch.setattr(targets, "topology", lambda target, count: topology)
+
+    def run(memory: int, *arguments: str) -> tuple[int, str]:
+        device = dataclasses.replace(TARGETS["v100-16gb"], memory=memory)
+        monkeypatch.setitem(TARGETS, "v100-16gb", device)
+        command, status = ["plan", *SMALL, *arguments], 0
+        monkeypatch.setattr(sys, "argv", command)  # where ml_collections looks for overrides
+        with flagsaver.flagsaver(), warnings.catch_warnings():
+            # ml_collections loads configs by a way that Python means to drop.
+            warnings.filterwarnings("ignore", "the load_module", DeprecationWarning)
+            try:
+                plan.main(plan.parse_flags(command, needed="target"))
+            except SystemExit as left:
+                status = left.code
+        return status, capsys.readouterr().out
+
+    return run
+
+
+def test_flags_that_are_suggested_do_fit(plan_on):
+    status, out = plan_on(GiB)
+    assert status == 0
+    assert "of 1: fits" in out
+    assert "for 8 processors in their place, since a plug-in" in out
+    # Too little for so many activations, enough for the state.
+    status, out = plan_on(tight := GiB // 64)
+    assert status == 1
+    assert "DOES NOT FIT" in out
+    found = re.search(r"^it fits with (.*)$", out, re.MULTILINE)[1].split()
+    tried = re.findall(r"^  (--config.*): ([\d.]+) GiB$", out, re.MULTILINE)
+    assert " ".join(found) == tried[-1][0]
+    assert all(float(size) * GiB > 0.9 * tight - GiB / 200 for _, size in tried[:-1])
+    status, out = plan_on(tight, *found)
+    assert status == 0
+    assert "DOES NOT FIT" not in out
+
+
+def test_nothing_makes_it_fit(plan_on):
+    status, out = plan_on(GiB // 4096)
+    assert status == 1
+    assert "take more devices" in out
+    # What could not be enough, and that is all of it, was not compiled.
+    assert "--config" not in out.split("looking")[1]
+
+
+def test_a_program_that_xla_finds_too_large(plan_on, monkeypatch):
+    compiled, calls = plan.compiled, []
+
+    def refuse(config, topology, mesh):
+        calls.append(config.accumulate)
+        if config.accumulate < 2:
+            memory, _ = compiled(config, topology, mesh)
+            raise plan.TooLarge("no room", dataclasses.replace(memory, temporaries=0))
+        return compiled(config, topology, mesh)
+
+    monkeypatch.setattr(plan, "compiled", refuse)
+    status, out = plan_on(GiB)
+    assert status == 1
+    assert "DOES NOT FIT: no room" in out
+    assert "--config.remat=full: no room" in out
+    assert "it fits with --config.remat=full --config.accumulate=2" in out
+
+
+def test_what_xla_says_is_one_line(plan_on, monkeypatch):
+    said = {}
+
+    def fail(*_, **__):
+        raise jax.errors.JaxRuntimeError(f"{said['code']}: first\nsecond")
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", fail)
+    said["code"] = "INTERNAL"
+    with pytest.raises(UserError, match=r"^XLA can't compile the step: INTERNAL: first$"):
+        plan_on(GiB)
+    said["code"] = "RESOURCE_EXHAUSTED"
+    assert "DOES NOT FIT: RESOURCE_EXHAUSTED: first\n" in plan_on(GiB)[1]
 
 
 @pytest.mark.parametrize(
@@ -217,3 +338,36 @@ def test_features_take_the_frozen_networks_out_of_the_step(tmp_path):
         for one, given in ((plain_step, (plain_current, plain_batch)), (step, (current, batch)))
     ]
     assert flops[0] - flops[1] == cost.work(frozen.jaxpr).flops > 0
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ("--devices=0", "devices"),
+        ("--efficiency=2", "efficiency"),
+        ("--config=configs/nowhere.py", "configs/nowhere.py"),
+        ("--config.task=none", "config.task is 'none'; the stages are causal_qformer"),
+        ("--config.precision=bfloat16", "v100-16gb does not compute in bfloat16"),
+        ("--config.mesh.fsdp=3", "config.mesh: data=-1 x fsdp=3 x tensor=1 does not fit 8"),
+        ("--config.batch_size=12", "config.batch_size=12 can't be split"),
+    ],
+)
+def test_mistakes(plan_on, changed, said):
+    with pytest.raises(UserError) as raised:
+        plan_on(GiB, changed)
+    assert said in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_target_that_is_unknown():
+    done = subprocess.run(
+        [sys.executable, "-m", "seed_jax.plan", *SMALL, "--target=v200"],
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "USE_TORCH": "0", "XLA_FLAGS": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 2
+    [line] = done.stderr.strip().splitlines()
+    assert all(name in line for name in TARGETS)

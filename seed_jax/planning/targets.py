@@ -153,8 +153,12 @@ class Topology:
     missing: str = ""
 
     def options(self) -> dict[str, str | bool]:
-        """Of the compiler. Trying kernels out would need a real GPU."""
-        return {"xla_gpu_autotune_level": "0"} if self.platform == "gpu" else {}
+        """Of the compiler."""
+        if self.platform != "gpu":
+            return {}
+        # Autotuning runs kernels on a real GPU. Without it Triton gets tiles by default, which for
+        # some products of A100s and H100s don't exist and fail the compilation; cuBLAS takes all.
+        return {"xla_gpu_autotune_level": "0", "xla_gpu_enable_triton_gemm": False}
 
 
 def topology(target: Target, count: int) -> Topology:
@@ -206,7 +210,13 @@ def _gpus(target: Target, count: int) -> list[Any]:
     # The first call loads the plug-in and fails, since there is no driver.
     with contextlib.suppress(Exception):
         topologies.get_topology_desc("planned", platform="cuda", **described)
-    return topologies.get_topology_desc("planned", platform="cuda", **described).devices
+    try:
+        return topologies.get_topology_desc("planned", platform="cuda", **described).devices
+    except Exception as error:
+        raise UserError(
+            f"the CUDA plug-in can't describe {count} GPUs; install requirements-plan.txt anew: "
+            f"{first_line(error)}"
+        ) from error
 
 
 def _tpus(target: Target, count: int) -> list[Any]:
