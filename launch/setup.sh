@@ -67,6 +67,9 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     [ -z "${TORCH_INDEX_URL:-}" ] || options+=(--extra-index-url "$TORCH_INDEX_URL")
     [ -t 1 ] || options+=(--quiet)
     .venv/bin/python -m pip install "${options[@]}" || fail "installing $requirements failed; the lines above say why"
+    # Packages whose own requirements would be a burden; that file says why.
+    alone=${requirements%.txt}-nodeps.txt
+    [ ! -f "$alone" ] || .venv/bin/python -m pip install --quiet --no-deps --requirement "$alone" --disable-pip-version-check || fail "installing $alone failed; the lines above say why"
     # The package itself stays where it is: scripts outside it, such as the benchmarks, find it there.
     .venv/bin/python -m pip install --quiet --no-deps --editable . --disable-pip-version-check || fail "installing seed_jax failed; the lines above say why"
     echo "$wanted" >"$stamp"

@@ -42,7 +42,7 @@ SUITES = {
 }
 ALL, SINGLE = "all", ".json"
 # All of it on the packaged pictures is a demonstration: a minute, not an hour.
-DEMONSTRATION = {"split": "style", "limit": 48, "steps": 8, "scheduler": "dpm"}
+DEMONSTRATION = {"split": "style", "limit": 16, "steps": 8, "scheduler": "dpm"}
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -87,7 +87,7 @@ def chosen(evaluation: Evaluation) -> list[str]:
 
 def refuse_others(found: results.Results, names: list[str], evaluation: Evaluation) -> None:
     """Raises a UserError if results of other settings would be lost."""
-    settings = json.loads(json.dumps(evaluation.settings()))
+    settings = evaluation.settings()
     for name in names:
         if name in found and not evaluation.args.overwrite:
             there = found[name]["settings"]
@@ -176,6 +176,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="compare pictures by this CLIP, a directory in transformers layout or a hub name "
         "(default: the model's own stage-1 encoder)",
+    )
+    parser.add_argument(
+        "--inception",
+        type=Path,
+        metavar="FILE",
+        help="measure FID by this network: pt_inception-2015-12-05-6726825d.pth (default: no FID)",
+    )
+    parser.add_argument(
+        "--lpips",
+        type=Path,
+        nargs=2,
+        metavar="FILE",
+        help="reconstruction: measure LPIPS by torchvision's vgg16-397923af.pth and the authors' "
+        "vgg.pth, or by alexnet-owt-7be5be79.pth and alex.pth (default: no LPIPS)",
     )
     parser.add_argument(
         "--output",

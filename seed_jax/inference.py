@@ -5,7 +5,10 @@ Shapes: B batch, P pictures, C captions, T tokens, E contrastive width, Q codes 
 
 import argparse
 import dataclasses
+import itertools
+import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +25,12 @@ from seed_jax.data.sources import Record, Source
 from seed_jax.data.text import TextField, choose_caption, load_tokenizer
 from seed_jax.models.layers import Array, Compute
 from seed_jax.models.tokenizer import CausalEncoder, EncoderConfig, SeedTokenizer
+from seed_jax.pieces import KEEPS_NOTHING, Arrays, Pieces, join
 from seed_jax.tasks import causal_qformer
 
 NAMED_IN_ERROR = 3
+# Batches to a piece.
+BLOCK = 16
 
 
 class Runner:
@@ -83,21 +89,29 @@ class Embeddings:
 
 
 def embed(
-    path: str | Path, source: Source, *, batch_size: int = 64, max_tags: int = 0
+    path: str | Path,
+    source: Source,
+    *,
+    batch_size: int = 64,
+    max_tags: int = 0,
+    tokenizer: SeedTokenizer | None = None,
+    kept: Pieces = KEEPS_NOTHING,
 ) -> Embeddings:
     """Embeds the pictures of a source and all of their captions.
 
     Args:
       path: model directory of either stage.
       max_tags: append up to so many of a picture's tags to each of its captions.
+      tokenizer: of that directory, if it is loaded already.
+      kept: has what an interrupted run embedded, and gets the rest.
 
     Raises:
       UserError: the model directory is not whole, or its model has no contrastive heads.
     """
-    model, config = _load(path)
+    model, config = _load(path, tokenizer)
     runner = Runner(model)
     batch_size = runner.batch_size(batch_size)
-    images = _embed_images(runner, config, source, batch_size)
+    images = _embed_images(runner, config, source, batch_size, kept)
     index_P = images.pop("index")
 
     captions: list[str] = []
@@ -107,7 +121,7 @@ def embed(
         captions += own
         picture_of_caption += [row] * len(own)
     field = TextField(load_tokenizer(str(Path(path) / "text_tokenizer")), config.text_length)
-    text_CE = _embed_texts(runner, field, captions, batch_size)
+    text_CE = _embed_texts(runner, field, captions, batch_size, kept)
 
     codes = None
     if isinstance(model, SeedTokenizer):
@@ -125,13 +139,15 @@ def captions_of(record: Record, max_tags: int) -> list[str]:
     ]
 
 
-def _load(path: str | Path) -> tuple[CausalEncoder | SeedTokenizer, EncoderConfig]:
+def _load(
+    path: str | Path, tokenizer: SeedTokenizer | None
+) -> tuple[CausalEncoder | SeedTokenizer, EncoderConfig]:
     model: CausalEncoder | SeedTokenizer
     if model_dir.describe(path)["kind"] == causal_qformer.KIND:
         model = model_dir.load(path, causal_qformer.KIND, EncoderConfig, CausalEncoder, Compute())
         config = model.config
     else:
-        model = SeedTokenizer.from_pretrained(path)
+        model = tokenizer or SeedTokenizer.from_pretrained(path)
         config = model.config.encoder
         if model.reconstruction is None:
             raise UserError(
@@ -143,8 +159,8 @@ def _load(path: str | Path) -> tuple[CausalEncoder | SeedTokenizer, EncoderConfi
 
 
 def _embed_images(
-    runner: Runner, config: EncoderConfig, source: Source, batch_size: int
-) -> dict[str, np.ndarray]:
+    runner: Runner, config: EncoderConfig, source: Source, batch_size: int, kept: Pieces
+) -> Arrays:
     @runner.compile
     def apply(model: CausalEncoder | SeedTokenizer, images: Array) -> dict[str, Array]:
         causal_BQD = model.causal_embeddings(images)
@@ -155,30 +171,75 @@ def _embed_images(
             outputs["code_features"] = model.image_features(model.reconstruct_causal(codes_BQ))
         return outputs
 
-    batches = pipeline.eval_batches(source, batch_size=batch_size, image_size=config.vit.image_size)
-    rows = []
+    size = config.vit.image_size
+    return over_pictures(apply, source, batch_size=batch_size, image_size=size, kept=kept)
+
+
+def over_pictures(
+    apply: Callable[[np.ndarray], Any],
+    source: Source,
+    *,
+    batch_size: int,
+    image_size: int,
+    kept: Pieces = KEEPS_NOTHING,
+) -> Arrays:
+    """What a compiled function makes of all pictures of a source that can be read.
+
+    Args:
+      apply: uint8 [B, S, S, 3] to arrays by name, each [B, ...].
+      kept: has what an interrupted run made, and gets the rest.
+
+    Returns:
+      Those arrays, [P, ...], and 'index', places in the source, int [P].
+
+    Raises:
+      UserError: see `eval_batches`.
+    """
+    batches = pipeline.eval_batches(source, batch_size=batch_size, image_size=image_size)
     with tqdm(total=len(source), unit="picture", desc="pictures", dynamic_ncols=True) as bar:
-        for batch in batches:
-            valid = batch["valid"]
-            outputs = jax.device_get(apply(batch["image"])) | {"index": batch["index"]}
-            rows.append({name: value[valid] for name, value in outputs.items()})
-            bar.update(int(valid.sum()))
+
+        def block() -> Arrays:
+            rows = []
+            for batch in itertools.islice(batches, BLOCK):
+                valid = batch["valid"]
+                outputs = jax.device_get(apply(batch["image"])) | {"index": batch["index"]}
+                rows.append({name: value[valid] for name, value in outputs.items()})
+                bar.update(int(valid.sum()))
+            return join(rows) | {"state": np.array(json.dumps(batches.get_state()))}
+
+        blocks = []
+        for first in range(0, -(-len(source) // batch_size), BLOCK):
+            found = kept(f"pictures-{first:06}", block)
+            state = json.loads(str(found.pop("state")))
+            if state["batch"] != batches.get_state()["batch"]:  # an earlier run made it
+                batches.set_state(state)
+                bar.update(len(found["index"]))
+            blocks.append(found)
     report_unreadable(batches.unreadable)
-    return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+    return join(blocks)
 
 
 def _embed_texts(
-    runner: Runner, field: TextField, captions: list[str], batch_size: int
+    runner: Runner, field: TextField, captions: list[str], batch_size: int, kept: Pieces
 ) -> np.ndarray:
     apply = runner.compile(lambda model, ids, mask: model.text_features(ids, mask))
-    features = []
-    starts = range(0, len(captions), batch_size)
-    for start in tqdm(starts, unit="batch", desc="captions", dynamic_ncols=True):
-        batch = captions[start : start + batch_size]
-        # The last batch is padded, so that one shape is compiled.
-        padding = [""] * (batch_size - len(batch))
-        features.append(np.asarray(apply(*field.batch(batch + padding)))[: len(batch)])
-    return np.concatenate(features)
+
+    def block(first: int) -> Arrays:
+        features = []
+        for start in range(first, min(first + BLOCK * batch_size, len(captions)), batch_size):
+            batch = captions[start : start + batch_size]
+            # The last batch is padded, so that one shape is compiled.
+            padding = [""] * (batch_size - len(batch))
+            features.append(np.asarray(apply(*field.batch(batch + padding)))[: len(batch)])
+            bar.update(len(batch))
+        return {"features": np.concatenate(features)}
+
+    with tqdm(total=len(captions), unit="caption", desc="captions", dynamic_ncols=True) as bar:
+        blocks = []
+        for first in range(0, len(captions), BLOCK * batch_size):
+            blocks.append(kept(f"captions-{first:07}", partial(block, first)))
+            bar.update(min(first + BLOCK * batch_size, len(captions)) - bar.n)
+    return join(blocks)["features"]
 
 
 def report_unreadable(names: list[str]) -> None:

@@ -238,10 +238,9 @@ def report(args: argparse.Namespace) -> None:
     language_model = SeedOPT.from_pretrained(run / "seed_opt")
     written = write(language_model, sources["style"], embedded["style"], args.batch_size)
     diffusion = drawing.open_diffusion(args, language_model.tokenizer, model)
-    encoder, batches = reconstruction.redraw(
+    encoder, redrawn = reconstruction.redraw(
         args, language_model.tokenizer, model, sources["style"], diffusion
     )
-    redrawn = list(batches)
 
     def draw(codes_NQ: np.ndarray) -> np.ndarray:
         # As many at a time as before, so that nothing is compiled anew.
@@ -319,6 +318,7 @@ Open
   {run}/curves.png     how the three stages learned
   {run}/summary.json   the figures above
   {run}/codes.jsonl    the codes of all held-out pictures
+  {run}/results        all suites of seed_jax.evaluate, on a few pictures: table.md first
 
 Try
   .venv/bin/python -m seed_jax.tokenize --model {run}/tokenizer --images {run}/some_folder \\

@@ -58,11 +58,18 @@ class SeedOPT:
         self._encode = jax.jit(lambda state, images: nnx.merge(graphdef, state).encode(images))
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *, compute: Compute = Compute()) -> "SeedOPT":
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        compute: Compute = Compute(),
+        tokenizer: SeedTokenizer | None = None,
+    ) -> "SeedOPT":
         """Loads a model directory, as stage 3 of `seed_jax.train` writes it.
 
         Args:
           compute: its type is also what the language model's weights are stored in.
+          tokenizer: of that directory, if it is loaded already.
 
         Raises:
           UserError: a file is missing or damaged, it holds another kind of model, or another
@@ -80,7 +87,7 @@ class SeedOPT:
         return cls(
             merged(load_language_model(path, compute=compute)),
             Words(load_tokenizer(Path(path) / "text_tokenizer")),
-            SeedTokenizer.from_pretrained(folder),
+            tokenizer or SeedTokenizer.from_pretrained(folder),
         )
 
     def encode(self, pictures: Sequence[Any]) -> np.ndarray:

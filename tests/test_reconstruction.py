@@ -11,13 +11,17 @@ from PIL import Image
 from tiny import SIDE, text_tokenizer, write_pictures
 from transformers import CLIPConfig
 
-from seed_jax import SeedTokenizer, evaluate
+from seed_jax import SeedTokenizer, evaluate, inference
 from seed_jax.cli import UserError
+from seed_jax.data.sources import open_source
 from seed_jax.data.transforms import CLIP_MEAN, CLIP_STD, resize
 from seed_jax.diffusion import StableDiffusion
-from seed_jax.evaluation import reconstruction
+from seed_jax.evaluation import perceptual, reconstruction
 from seed_jax.evaluation.encoders import clip_encoder
 from seed_jax.evaluation.reconstruction import ROWS
+from seed_jax.models import inception
+from seed_jax.pieces import Pieces
+from tests import reference_fid
 from tests.tiny_diffusion import save_models_and_pictures
 
 PICTURES = 10
@@ -31,6 +35,11 @@ def there(tmp_path_factory) -> Path:
 
 
 def measure(there: Path, *options: str) -> dict:
+    run(there, *options)
+    return json.loads((there / "results.json").read_text())
+
+
+def run(there: Path, *options: str) -> None:
     arguments = {
         "model": there / "model",
         "suite": "reconstruction",
@@ -43,7 +52,6 @@ def measure(there: Path, *options: str) -> dict:
         "output": there / "results.json",
     }
     evaluate.main([*(f"--{name}={value}" for name, value in arguments.items()), *options])
-    return json.loads((there / "results.json").read_text())
 
 
 def test_every_thing_gets_another():
@@ -54,9 +62,20 @@ def test_every_thing_gets_another():
         np.testing.assert_array_equal(places, reconstruction.another(count))
 
 
-def test_figures_against_a_simple_computation(there, capsys):
+def mean_difference(a, b):
+    return np.abs(a.astype(float) - b).mean((1, 2, 3))
+
+
+def test_figures_against_a_simple_computation(there, tmp_path, monkeypatch, capsys):
+    # Smaller than it should be, to be quick.
+    monkeypatch.setattr(inception, "SIDE", 75)
+    network = reference_fid.save_inception(tmp_path / "inception.pth")
+    network.INPUT_IMAGE_SIZE = 75
+    # What it really measures, `test_lpips` has.
+    monkeypatch.setattr(perceptual, "open_lpips", lambda trunk, heads: mean_difference)
     # Two batches, the second one not full.
-    results = measure(there)
+    options = [f"--inception={tmp_path / 'inception.pth'}", "--lpips", "trunk", "heads"]
+    results = measure(there, *options)
     table = capsys.readouterr().out
 
     model = SeedTokenizer.from_pretrained(there / "model")
@@ -79,15 +98,101 @@ def test_figures_against_a_simple_computation(there, capsys):
         small = [resize(Image.fromarray(np.asarray(picture)), SIDE) for picture in pictures]
         return np.asarray(image_features(np.stack(small)))
 
+    drawings = {}
     for row in ROWS:
         drawn = diffusion.draw(embeddings[row], steps=2, scheduler="ddim", guidance_scale=1)
         expected = np.sum(features(originals) * features(drawn), axis=1).mean()
         assert results[row] == pytest.approx(expected, abs=2e-3)
         assert f"{results[row]:.3f}" in table
+        drawings[row] = np.asarray(drawn)
     assert len({results[row] for row in ROWS}) == 3
     assert results["encoder"] == f"stage-1 encoder of {there / 'model'}"
     assert "CLIP" not in table
     assert results["pictures"] == PICTURES
+
+    side = drawings["codes"].shape[1]
+    true = np.stack([resize(Image.open(file), side) for file in files])
+    for row, found in results["fid"].items():
+        expected = reference_fid.distance(
+            *(reference_fid.features(network, pictures) for pictures in (true, drawings[row]))
+        )
+        assert found == pytest.approx(expected, rel=1e-2)
+        assert f"{found:.1f}" in table
+    assert set(results["fid"]) == {"codes", "caption"}
+    for row in ROWS:
+        expected = mean_difference(true, drawings[row]).mean()
+        assert results["lpips"][row] == pytest.approx(expected, rel=1e-2)
+    assert len(set(results["lpips"].values())) == 3
+    assert f"FID of {PICTURES} pictures. Of fewer than 2049" in table
+
+
+def test_an_interrupted_evaluation_goes_on(there, tmp_path, monkeypatch):
+    monkeypatch.setattr(inference, "BLOCK", 1)
+    options = ["--suite=all", f"--output={tmp_path / 'whole'}"]
+    run(there, *options)
+    made, make, stops = [], Pieces.__call__, {1, 3, 6, 8, 12, 30}
+
+    def interrupted(self, name, making):
+        def counted():
+            if len(made) in stops:
+                stops.remove(len(made))
+                raise KeyboardInterrupt
+            made.append(name)
+            return making()
+
+        return make(self, name, counted)
+
+    monkeypatch.setattr(Pieces, "__call__", interrupted)
+    options[1] = f"--output={tmp_path / 'interrupted'}"
+    while stops:
+        with pytest.raises(KeyboardInterrupt):
+            run(there, *options)
+    run(there, *options)
+    # None was made twice: pictures, captions; codes, drawings; the curve; JPEGs.
+    assert len(made) == 2 + 2 + 2 + 2 + 10 + 28
+    whole, found = (
+        json.loads((tmp_path / name / "results.json").read_text())["suites"]
+        for name in ("whole", "interrupted")
+    )
+    assert set(found) == {"retrieval", "reconstruction", "codebook", "compression"}
+    for name in found:
+        assert found[name]["figures"] == whole[name]["figures"]
+    for sheet in (tmp_path / "whole").glob("*.png"):
+        again = tmp_path / "interrupted" / sheet.name
+        np.testing.assert_array_equal(Image.open(again), Image.open(sheet))
+
+
+def test_pictures_that_cannot_be_read_are_told_by_a_run_that_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(inference, "BLOCK", 1)
+    folder = write_pictures(tmp_path / "pictures", 100)
+    (folder / "003.png").write_text("not a picture")
+    batches = []
+
+    def brightness(pictures):
+        if len(batches) == 2:
+            raise KeyboardInterrupt
+        batches.append(pictures)
+        return {"mean": pictures.mean((1, 2, 3))}
+
+    def embed():
+        return inference.over_pictures(
+            brightness,
+            open_source(folder),
+            batch_size=40,
+            image_size=SIDE,
+            kept=Pieces(tmp_path / "pieces", "these settings"),
+        )
+
+    with pytest.raises(KeyboardInterrupt):
+        embed()
+    first, second = batches
+    batches.clear()
+    found = embed()
+    assert len(batches) == 1
+    assert "003.png" in capsys.readouterr().out
+    assert found["index"].tolist() == [0, 1, 2, *range(4, 100)]
+    expected = np.concatenate([np.delete(first, 3, axis=0), second, batches[0][:20]])
+    np.testing.assert_array_equal(found["mean"], expected.mean((1, 2, 3)))
 
 
 @pytest.fixture(scope="module")

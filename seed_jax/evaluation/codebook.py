@@ -13,6 +13,7 @@ neighbours, K numbers of codes kept.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -29,10 +30,11 @@ from seed_jax.evaluation.suite import Evaluation, Measured, evenly
 from seed_jax.evaluation.usage import usage
 from seed_jax.models.layers import Array
 from seed_jax.models.tokenizer import SeedTokenizer
+from seed_jax.pieces import Arrays, Pieces, join
 
 RESAMPLES = 200
 NEIGHBOURS = 5
-ON_SHEET = 8
+ON_SHEET, DRAWN_ON_SHEET = 8, 5
 COMPARED_AT_ONCE = 64
 
 
@@ -48,7 +50,11 @@ def evaluate(evaluation: Evaluation) -> Measured:
         normal=True,
     )
     curve, curve_spans = causal(
-        evaluation.tokenizer, evaluation.runner, embedded, batch_size=evaluation.args.batch_size
+        evaluation.tokenizer,
+        evaluation.runner,
+        embedded,
+        batch_size=evaluation.args.batch_size,
+        kept=evaluation.pieces("codebook"),
     )
     alike, alike_spans = semantic(embedded)
     figures = used | {"causal": curve, "semantic": alike}
@@ -95,11 +101,13 @@ def causal(
     embedded: inference.Embeddings,
     *,
     batch_size: int,
+    kept: Pieces,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the first and the last k codes keep, with intervals.
 
     Args:
       runner: holds `model`.
+      kept: has what an interrupted run decoded, and gets the rest.
 
     Returns:
       For 'first' and 'last', by k: 'retrieval' (R@mean), 'reconstruction' and 'generation' (cosine
@@ -125,6 +133,13 @@ def causal(
             "generation": _cosine(generation, whole),
         }
 
+    def decode(kept_BQ: np.ndarray) -> Arrays:
+        parts = []
+        for start in range(0, pictures, size):
+            rows = np.minimum(start + np.arange(size), pictures - 1)
+            parts.append(jax.device_get(keep(codes.codes_PQ[rows], kept_BQ)))
+        return {name: array[:pictures] for name, array in join(parts).items()}
+
     order = np.arange(positions)
     figures: dict[str, Any] = {}
     spans: dict[str, Any] = {}
@@ -132,13 +147,7 @@ def causal(
         figures[end], spans[end] = {}, {}
         for count in steps(positions):
             kept_BQ = np.broadcast_to(place < count, (size, positions))
-            parts = []
-            for start in range(0, pictures, size):
-                rows = np.minimum(start + np.arange(size), pictures - 1)
-                parts.append(jax.device_get(keep(codes.codes_PQ[rows], kept_BQ)))
-            outputs = {
-                name: np.concatenate([part[name] for part in parts])[:pictures] for name in parts[0]
-            }
+            outputs = kept(f"{end}-{count}", partial(decode, kept_BQ))
             features_PE = outputs.pop("features")
             recall, recall_span = retrieval.retrieval(
                 features_PE, embedded.text_CE, embedded.picture_of_caption_C
@@ -234,11 +243,18 @@ def first_codes_sheet(evaluation: Evaluation) -> list[Shown]:
     embed = jax.jit(lambda m, codes, kept: m.generation(dequantized(m, codes, kept)))
     counts = steps(positions)[1:]
     kept_KQ = np.arange(positions)[None] < np.array(counts)[:, None]
-    rows = evenly(len(codes_PQ), ON_SHEET)
-    # All at once: to compile takes longer than to draw.
+    rows = evenly(len(codes_PQ), DRAWN_ON_SHEET)
     codes_NQ = np.repeat(codes_PQ[rows], len(counts), axis=0)
-    embeddings = embed(model, codes_NQ, np.tile(kept_KQ, (len(rows), 1)))
-    drawn = iter(np.asarray(diffusion.draw(embeddings, **drawing.settings(evaluation.args))))
+    kept_NQ = np.tile(kept_KQ, (len(rows), 1))
+    # As many at a time as are drawn elsewhere: to compile takes longer than to draw.
+    size = min(evaluation.args.batch_size, len(evaluation.few))
+    settings = drawing.settings(evaluation.args)
+    pictures: list[np.ndarray] = []
+    for start in range(0, len(codes_NQ), size):
+        some = np.minimum(start + np.arange(size), len(codes_NQ) - 1)
+        embeddings = embed(model, codes_NQ[some], kept_NQ[some])
+        pictures += list(np.asarray(diffusion.draw(embeddings, first=start, **settings)))
+    drawn = iter(pictures)
     shown = []
     for row in rows:
         index = int(embedded.index_P[row])

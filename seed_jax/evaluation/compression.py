@@ -9,6 +9,7 @@ Shapes: P pictures, G settings of JPEG, R resamples, E features.
 
 import io
 import math
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from seed_jax.evaluation import intervals, reconstruction, tables
 from seed_jax.evaluation.encoders import Encoder
 from seed_jax.evaluation.suite import Evaluation, Measured, evenly
 from seed_jax.models.tokenizer import TokenizerConfig
+from seed_jax.pieces import Arrays, Pieces
 from seed_jax.tasks import codebook
 
 SIDES = (8, 16, 24, 32, 48, 64, 96, 128, 224)
@@ -38,7 +40,9 @@ def evaluate(evaluation: Evaluation) -> Measured:
     some = evenly(count, min(count, MOST_PICTURES))
     pictures = [transforms.decode(evaluation.few[drawn.index_P[place]]["image"]) for place in some]
     settings = [(side, quality) for side in SIDES for quality in QUALITIES]
-    bytes_PG, similarity_PG = compress(drawn.encoder, pictures, settings)
+    bytes_PG, similarity_PG = compress(
+        drawn.encoder, pictures, settings, evaluation.pieces("compression")
+    )
     queries, size = config.encoder.qformer.queries, config.codebook.size
     figures = compare(bytes_PG, similarity_PG, drawn.similarity["codes"][some])
     figures |= {
@@ -63,17 +67,30 @@ def jpeg(picture: Image.Image, side: int, quality: int) -> bytes:
 
 
 def compress(
-    encoder: Encoder, pictures: list[Image.Image], settings: list[tuple[int, int]]
+    encoder: Encoder,
+    pictures: list[Image.Image],
+    settings: list[tuple[int, int]],
+    kept: Pieces,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Bytes, and similarity to the original, of each picture in each setting, both [P, G]."""
-    original_PE = encoder.pictures(pictures)
-    sizes, similarities = [], []
-    for side, quality in tqdm(settings, unit="setting", desc="JPEG", dynamic_ncols=True):
+    """Bytes, and similarity to the original, of each picture in each setting, both [P, G].
+
+    Args:
+      kept: has what an interrupted run compared, and gets the rest.
+    """
+    original_PE = kept("originals", lambda: {"features": encoder.pictures(pictures)})["features"]
+
+    def piece(side: int, quality: int) -> Arrays:
         files = [jpeg(picture, side, quality) for picture in pictures]
         small_PE = encoder.pictures(map(transforms.decode, files))
-        sizes.append([len(file) for file in files])
-        similarities.append(np.sum(original_PE * small_PE, axis=-1))
-    return np.array(sizes, float).T, np.array(similarities, float).T
+        sizes = np.array([len(file) for file in files], float)
+        return {"bytes": sizes, "similarity": np.sum(original_PE * small_PE, axis=-1)}
+
+    with tqdm(settings, unit="setting", desc="JPEG", dynamic_ncols=True) as bar:
+        pieces = [kept(f"{side}-{quality}", partial(piece, side, quality)) for side, quality in bar]
+    bytes_PG, similarity_PG = (
+        np.stack([piece[name] for piece in pieces], axis=1) for name in ("bytes", "similarity")
+    )
+    return bytes_PG, similarity_PG.astype(float)
 
 
 def compare(bytes_PG: np.ndarray, similarity_PG: np.ndarray, codes_P: np.ndarray) -> dict[str, Any]:

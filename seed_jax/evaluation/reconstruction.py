@@ -5,7 +5,8 @@ Shapes: B pictures of a batch, P of the source, Q codes a picture, H and W pixel
 
 import argparse
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,15 +16,16 @@ from tqdm import tqdm
 
 from seed_jax import drawing, inference
 from seed_jax.cli import UserError
-from seed_jax.data import pipeline, transforms
+from seed_jax.data import transforms
 from seed_jax.data.sources import Source
 from seed_jax.data.text import choose_caption
 from seed_jax.diffusion import StableDiffusion
 from seed_jax.drawing import Shown
-from seed_jax.evaluation import intervals, tables
+from seed_jax.evaluation import fid, intervals, perceptual, tables
 from seed_jax.evaluation.encoders import Encoder, open_encoder
 from seed_jax.evaluation.suite import Evaluation, Measured
 from seed_jax.models.tokenizer import SeedTokenizer
+from seed_jax.pieces import KEEPS_NOTHING, Arrays, Pieces, below, join
 
 # What a picture is drawn from: its codes; the text states of its caption, which is as good as an
 # embedding can be where the codes learned from those; another picture's codes, which is as bad.
@@ -32,6 +34,8 @@ ROWS = {
     "caption": "drawn from its caption: what to hope for",
     "shuffled": "drawn from another picture's codes: what to expect of chance",
 }
+# Drawings from others' codes are the same ones in another order.
+FID_ROWS, ORIGINALS = ("codes", "caption"), "originals"
 # Table 2: similarity by CLIP ViT-L/14.
 PAPER = {
     "COCO 5K": {"codes": 0.6823, "caption": 0.6843},
@@ -47,7 +51,7 @@ class Drawn(NamedTuple):
 
     Attributes:
       index_B: their places in the source.
-      originals: uint8 [B, S, S, 3], as the tokenizer sees them.
+      originals: uint8 [B, H, W, 3], brought to the drawings' size.
       captions: what they were drawn from for 'caption'.
       drawings: one of `ROWS` -> uint8 [B, H, W, 3].
       similarity: one of `ROWS` -> float32 [B], cosine to the original.
@@ -60,14 +64,91 @@ class Drawn(NamedTuple):
     similarity: dict[str, np.ndarray]
 
 
+class Redrawing:
+    """Draws every picture of a source from each of `ROWS`, from the same noise, and compares.
+
+    Attributes:
+      starts: of the batches, in the order of the pictures that can be read.
+    """
+
+    def __init__(
+        self,
+        model: SeedTokenizer,
+        runner: inference.Runner,
+        diffusion: StableDiffusion,
+        encoder: Encoder,
+        source: Source,
+        *,
+        batch_size: int,
+        kept: Pieces = KEEPS_NOTHING,
+        **settings: Any,
+    ):
+        """Encodes all of the pictures.
+
+        Args:
+          runner: holds `model`.
+          kept: has the codes, or keeps them.
+          settings: of `StableDiffusion.draw`.
+
+        Raises:
+          UserError: fewer than two pictures.
+        """
+        self._batch_size = runner.batch_size(min(batch_size, len(source)))  # few are padded to few
+        encode = runner.compile(lambda model, images: {"codes": model.encode(images)})
+        found = inference.over_pictures(
+            encode,
+            source,
+            batch_size=self._batch_size,
+            image_size=model.config.encoder.vit.image_size,
+            kept=kept,
+        )
+        self._index_P, self._codes_PQ = found["index"], found["codes"]
+        if len(self._index_P) < 2:
+            raise UserError(f"{source.path}: one picture; another is needed to draw from its codes")
+        self._others_PQ = self._codes_PQ[another(len(self._index_P))]
+        self._embed = runner.compile(SeedTokenizer.embed)
+        self._source, self._diffusion, self._encoder = source, diffusion, encoder
+        self._settings = settings
+        self.starts = range(0, len(self._index_P), self._batch_size)
+
+    def __call__(self, start: int) -> Drawn:
+        """The batch that begins with this picture.
+
+        Raises:
+          UserError: a picture without caption, or a diffusion model without text encoder.
+        """
+        count = min(self._batch_size, len(self._index_P) - start)
+        # The last batch is padded, so that one shape is compiled.
+        rows = np.minimum(start + np.arange(self._batch_size), start + count - 1)
+        records = [self._source[int(index)] for index in self._index_P[rows]]
+        captions = [choose_caption(record, None, 0) for record in records]
+        originals = [transforms.decode(record["image"]) for record in records]
+        embeddings = {
+            "codes": self._embed(self._codes_PQ[rows]),
+            "caption": self._diffusion.text_states(captions),
+            "shuffled": self._embed(self._others_PQ[rows]),
+        }
+        drawings, similarity = {}, {}
+        original_BE = self._encoder.pictures(originals)
+        for row in ROWS:
+            drawn = np.asarray(self._diffusion.draw(embeddings[row], first=start, **self._settings))
+            drawn_BE = self._encoder.pictures(map(Image.fromarray, drawn))
+            drawings[row] = drawn[:count]
+            similarity[row] = np.sum(original_BE * drawn_BE, axis=-1)[:count]
+        side = drawn.shape[1]
+        seen = np.stack([transforms.resize(original, side) for original in originals[:count]])
+        index_B = self._index_P[start : start + count]
+        return Drawn(index_B, seen, captions[:count], drawings, similarity)
+
+
 def redraw(
     args: argparse.Namespace,
     model: SeedTokenizer,
     name: str | Path,
     source: Source,
     diffusion: StableDiffusion,
-) -> tuple[Encoder, Iterator[Drawn]]:
-    """The tokenizer's own encoder, and the pictures, drawn as one asks for them, compared by it.
+) -> tuple[Encoder, list[Drawn]]:
+    """The tokenizer's own encoder, and the pictures, drawn again and compared by it.
 
     Args:
       args: the options of `drawing.add_arguments` and the batch size.
@@ -75,94 +156,16 @@ def redraw(
       diffusion: what draws from its codes.
 
     Raises:
-      UserError: see `open_encoder` and `draw`.
+      UserError: see `open_encoder` and `Redrawing`.
     """
     runner = inference.Runner(model)
     encoder = open_encoder("", model, runner, name)
-    settings = drawing.settings(args)
-    batches = draw(
-        model,
-        runner,
-        diffusion,
-        encoder,
-        source,
-        batch_size=args.batch_size,
-        **settings,
+    batch_size, settings = args.batch_size, drawing.settings(args)
+    redrawing = Redrawing(
+        model, runner, diffusion, encoder, source, batch_size=batch_size, **settings
     )
-    return encoder, batches
-
-
-def draw(
-    model: SeedTokenizer,
-    runner: inference.Runner,
-    diffusion: StableDiffusion,
-    encoder: Encoder,
-    source: Source,
-    *,
-    batch_size: int,
-    done: int = 0,
-    **settings: Any,
-) -> Iterator[Drawn]:
-    """Draws every picture of a source from each of `ROWS`, from the same noise, and compares.
-
-    Args:
-      runner: holds `model`.
-      done: so many first pictures are passed over, as far as whole batches go, but not the last.
-      settings: of `StableDiffusion.draw`.
-
-    Raises:
-      UserError: fewer than two pictures, a picture without caption, or a diffusion model without
-        text encoder.
-    """
-    batch_size = runner.batch_size(min(batch_size, len(source)))  # pads few pictures to few
-    side = model.config.encoder.vit.image_size
-    index_P, codes_PQ = _encode(runner, source, batch_size, side)
-    if len(index_P) < 2:
-        raise UserError(f"{source.path}: one picture; another is needed to draw from its codes")
-    others_PQ = codes_PQ[another(len(index_P))]
-    embed = runner.compile(SeedTokenizer.embed)
-
-    last = (len(index_P) - 1) // batch_size * batch_size
-    begin = min(done // batch_size * batch_size, last)
-    with tqdm(total=len(index_P), initial=begin, unit="picture", desc="drawings") as bar:
-        for start in range(begin, len(index_P), batch_size):
-            count = min(batch_size, len(index_P) - start)
-            # The last batch is padded, so that one shape is compiled.
-            rows = np.minimum(start + np.arange(batch_size), start + count - 1)
-            records = [source[int(index)] for index in index_P[rows]]
-            captions = [choose_caption(record, None, 0) for record in records]
-            originals = [transforms.decode(record["image"]) for record in records]
-            embeddings = {
-                "codes": embed(codes_PQ[rows]),
-                "caption": diffusion.text_states(captions),
-                "shuffled": embed(others_PQ[rows]),
-            }
-            drawings, similarity = {}, {}
-            original_BE = encoder.pictures(originals)
-            for row in ROWS:
-                drawn = np.asarray(diffusion.draw(embeddings[row], first=start, **settings))
-                drawn_BE = encoder.pictures(map(Image.fromarray, drawn))
-                drawings[row] = drawn[:count]
-                similarity[row] = np.sum(original_BE * drawn_BE, axis=-1)[:count]
-            seen = np.stack([transforms.resize(original, side) for original in originals[:count]])
-            yield Drawn(
-                index_P[start : start + count], seen, captions[:count], drawings, similarity
-            )
-            bar.update(count)
-
-
-def _encode(
-    runner: inference.Runner, source: Source, batch_size: int, side: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Places of the pictures that can be read, int [P], and their codes, int [P, Q]."""
-    encode = runner.compile(SeedTokenizer.encode)
-    batches = pipeline.eval_batches(source, batch_size=batch_size, image_size=side)
-    index, codes = [], []
-    for batch in batches:
-        index.append(batch["index"][batch["valid"]])
-        codes.append(np.asarray(encode(batch["image"]))[batch["valid"]])
-    inference.report_unreadable(batches.unreadable)
-    return np.concatenate(index), np.concatenate(codes)
+    with tqdm(redrawing.starts, unit="batch", desc="drawings", dynamic_ncols=True) as bar:
+        return encoder, [redrawing(start) for start in bar]
 
 
 def another(count: int) -> np.ndarray:
@@ -200,55 +203,86 @@ class Redrawn(NamedTuple):
     Attributes:
       index_P: their places in the source.
       similarity: one of `ROWS` -> float [P].
+      features: 'originals' and those of `FID_ROWS` -> what the Inception sees, float32 [P, F];
+        empty without one.
+      distances: one of `ROWS` -> LPIPS to the originals, float32 [P]; empty without it.
       shown: the first ones, for a sheet.
     """
 
     encoder: Encoder
-    index_P: list[int]
+    index_P: np.ndarray
     similarity: dict[str, np.ndarray]
+    features: dict[str, np.ndarray]
+    distances: dict[str, np.ndarray]
     shown: list[Shown]
 
 
 def redrawn(evaluation: Evaluation) -> Redrawn:
-    """Draws what an interrupted run has not drawn yet; see `draw`."""
+    """Draws what an interrupted run has not drawn yet; see `Redrawing`."""
     args, source = evaluation.args, evaluation.few
-    journal = evaluation.journal("reconstruction")
-    batches = draw(
+    kept = evaluation.pieces("reconstruction")
+    # What is wrong with their files shows before the work.
+    inception, lpips = evaluation.inception, evaluation.lpips
+    redrawing = Redrawing(
         evaluation.tokenizer,
         evaluation.runner,
         evaluation.diffusion,
         evaluation.encoder,
         source,
         batch_size=args.batch_size,
-        done=len(journal.rows),
+        kept=kept,
         **drawing.settings(args),
     )
-    shown: list[Shown] = []
-    for batch in batches:
-        journal.add(
-            {"id": str(index)} | {row: float(batch.similarity[row][place]) for row in ROWS}
-            for place, index in enumerate(batch.index_B)
-        )
-        shown += shown_of(batch)
-        del shown[ON_SHEET:]
-    similarity = {row: np.array([r[row] for r in journal.rows.values()]) for row in ROWS}
-    return Redrawn(evaluation.encoder, [int(key) for key in journal.rows], similarity, shown)
+
+    def piece(start: int) -> Arrays:
+        batch = redrawing(start)
+        arrays = {"index": batch.index_B}
+        arrays |= {f"similarity/{row}": values for row, values in batch.similarity.items()}
+        if inception:
+            arrays[f"features/{ORIGINALS}"] = inception(batch.originals)
+            arrays |= {f"features/{row}": inception(batch.drawings[row]) for row in FID_ROWS}
+        if lpips:
+            arrays |= {
+                f"distances/{row}": lpips(batch.originals, batch.drawings[row]) for row in ROWS
+            }
+        some = slice(max(0, ON_SHEET - start))
+        return arrays | {
+            "captions": np.array(batch.captions[some], str),
+            "originals": batch.originals[some],
+            **{f"drawings/{row}": batch.drawings[row][some] for row in FID_ROWS},
+        }
+
+    with tqdm(redrawing.starts, unit="batch", desc="drawings", dynamic_ncols=True) as bar:
+        found = join([kept(f"drawings-{start:07}", partial(piece, start)) for start in bar])
+    shown = _shown(found["captions"].tolist(), found["originals"], below(found, "drawings"))
+    return Redrawn(
+        evaluation.encoder,
+        found["index"],
+        below(found, "similarity"),
+        below(found, "features"),
+        below(found, "distances"),
+        shown,
+    )
 
 
 def shown_of(batch: Drawn) -> list[Shown]:
     """Pictures beside what was drawn from their codes and captions."""
+    return _shown(batch.captions, batch.originals, batch.drawings)
+
+
+def _shown(
+    captions: Sequence[str], originals: np.ndarray, drawings: dict[str, np.ndarray]
+) -> list[Shown]:
     return [
         Shown(
             textwrap.shorten(caption, TITLE_WIDTH, placeholder=" …"),
             {
                 "": original,
-                "from its codes": batch.drawings["codes"][place],
-                "from its caption": batch.drawings["caption"][place],
+                "from its codes": drawings["codes"][place],
+                "from its caption": drawings["caption"][place],
             },
         )
-        for place, (caption, original) in enumerate(
-            zip(batch.captions, batch.originals, strict=True)
-        )
+        for place, (caption, original) in enumerate(zip(captions, originals, strict=True))
     ]
 
 
@@ -256,6 +290,9 @@ def evaluate(evaluation: Evaluation) -> Measured:
     """How alike pictures and their drawings are, as in Table 2; see `figures`."""
     found = evaluation.once(redrawn)
     measured = figures(found.encoder, found.similarity)
+    more = [fid.figures(found.features, ORIGINALS), perceptual.figures(found.distances)]
+    left_out = {name: why for one in more for name, why in one.pop("left_out", {}).items()}
+    measured |= more[0] | more[1] | {"left_out": left_out}
     return Measured(measured, evaluation.benchmark, {"reconstruction": found.shown})
 
 
@@ -269,11 +306,14 @@ def table(found: dict[str, Any]) -> str:
         theirs = [figures.get(row) for figures in published.values()]
         rows.append([told, value, *(f"{x:.3f}" if x is not None else "" for x in theirs)])
     told = f"{found['pictures']} pictures, compared by the {found['encoder']}."
-    return f"{tables.markdown(head, rows)}\n\n{told}"
+    return "\n\n".join(
+        [tables.markdown(head, rows), *fid.tables_of(found, ROWS), told, *tables.left_out(found)]
+    )
 
 
 def headline(found: dict[str, Any]) -> list[tables.Line]:
     span = found["intervals"]["codes"]
     paper = tables.theirs(PAPER, found, "codes", digits=3) if found["clip"] else ""
     value = tables.figure(found["codes"], span, digits=3)
-    return [tables.Line("similarity of drawings from codes", value, paper)]
+    line = tables.Line("similarity of drawings from codes", value, paper)
+    return [line, *fid.headline(found, "codes", "drawings from codes")]

@@ -16,14 +16,17 @@ from seed_jax.data.annotations import AnnotatedPictures
 from seed_jax.data.sources import Part, Source, open_source
 from seed_jax.diffusion import StableDiffusion
 from seed_jax.drawing import Shown
-from seed_jax.evaluation import tables
+from seed_jax.evaluation import fid, perceptual, tables
 from seed_jax.evaluation.encoders import Encoder, open_encoder
 from seed_jax.evaluation.journal import Journal
 from seed_jax.models.tokenizer import SeedTokenizer
+from seed_jax.pieces import Pieces
 from seed_jax.seed_opt import SeedOPT
 from seed_jax.tasks import causal_qformer
 
 T = TypeVar("T")
+
+PIECES = "pieces"
 
 
 class Measured(NamedTuple):
@@ -106,7 +109,12 @@ class Evaluation:
         """All pictures and captions in the contrastive space."""
         args = self.args
         return inference.embed(
-            self.tokenizer_path, self.source, batch_size=args.batch_size, max_tags=args.max_tags
+            self.tokenizer_path,
+            self.source,
+            batch_size=args.batch_size,
+            max_tags=args.max_tags,
+            tokenizer=self.tokenizer if self._has_codes() else None,
+            kept=self.pieces("retrieval"),
         )
 
     @cached_property
@@ -132,16 +140,29 @@ class Evaluation:
         )
 
     @cached_property
+    def inception(self) -> Callable[[np.ndarray], np.ndarray] | None:
+        """What FID looks with; None without --inception. See `fid.open_inception`."""
+        return fid.open_inception(self.args.inception) if self.args.inception else None
+
+    @cached_property
+    def lpips(self) -> Callable[[np.ndarray, np.ndarray], np.ndarray] | None:
+        """LPIPS; None without --lpips. See `perceptual.open_lpips`."""
+        return perceptual.open_lpips(*self.args.lpips) if self.args.lpips else None
+
+    @cached_property
     def seed_opt(self) -> SeedOPT:
         """The language model, of a suite that needs words."""
-        return SeedOPT.from_pretrained(self.args.model)
+        return SeedOPT.from_pretrained(self.args.model, tokenizer=self.tokenizer)
+
+    def _has_codes(self) -> bool:
+        return self.description["kind"] != causal_qformer.KIND
 
     def misfit(self, suite: Suite) -> str:
         """Why a suite can't measure this model; '' if it can."""
-        kind = self.description["kind"]
-        able = {causal_qformer.KIND: ("encoder",), seed_opt.KIND: ("encoder", "codes", "words")}
-        if suite.needs in able.get(kind, ("encoder", "codes")):
+        able = {"encoder": True, "codes": self._has_codes(), "words": self._words}
+        if able[suite.needs]:
             return ""
+        kind = self.description["kind"]
         stage = {"codes": "2 or 3", "words": "3"}[suite.needs]
         return (
             f"{self.args.model} holds a {kind} model, which has no {suite.needs}; name a model "
@@ -157,10 +178,11 @@ class Evaluation:
     def settings(self) -> dict[str, Any]:
         """All that figures depend on, for results.json: options, and hashes of the weights."""
         options = {
-            name: str(value) if isinstance(value, Path) else value
+            name: value
             for name, value in sorted(vars(self.args).items())
             if name not in ("suite", "output", "overwrite")
         }
+        options = json.loads(json.dumps(options, default=str))  # paths
         described = {"kind": self.description["kind"], "hash": self.description["content_hash"]}
         if self._words:
             described["tokenizer_hash"] = self.description["tokenizer_hash"]
@@ -168,12 +190,19 @@ class Evaluation:
 
     def journal(self, name: str) -> Journal:
         """Rows of a suite, those of an interrupted run among them unless all is to be new."""
-        text = json.dumps(self.settings(), sort_keys=True)
-        fingerprint = hashlib.sha256(text.encode()).hexdigest()
         path = self._folder / f"{name}.jsonl" if self._folder else None
         if path and self.args.overwrite:
             path.unlink(missing_ok=True)
-        return Journal(path, fingerprint)
+        return Journal(path, self._fingerprint())
+
+    def pieces(self, name: str) -> Pieces:
+        """Pieces of a suite's work, under the same terms."""
+        folder = self._folder / PIECES / name if self._folder else None
+        return Pieces(folder, self._fingerprint(), anew=self.args.overwrite)
+
+    def _fingerprint(self) -> str:
+        text = json.dumps(self.settings(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
 
 
 def spread(source: Source, limit: int) -> Source:

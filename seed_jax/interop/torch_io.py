@@ -5,10 +5,12 @@ The only module of the package that imports torch.
 
 import ctypes
 import dataclasses
+import hashlib
 import json
 import math
 import mmap
 import pickle
+import re
 import sys
 import warnings
 import zipfile
@@ -29,7 +31,8 @@ from seed_jax.lazy import LazyTensor
 WRAPPERS = ("model", "state_dict")
 # How the name of a file ends that says which files hold the tensors of a large model.
 INDEX_SUFFIX = ".index.json"
-
+# As PyTorch's hub names its files.
+HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.pth$")
 
 # Safetensors' names of types.
 DTYPES = {
@@ -92,6 +95,24 @@ def indexed_files(index: Path) -> list[str]:
         return sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{index} is not an index of weights") from None
+
+
+def check_named_hash(path: Path) -> None:
+    """Holds a file to the SHA-256 whose beginning is in its name, as in 'vgg16-397923af.pth'.
+
+    Raises:
+      UserError: it is another file, or damaged.
+    """
+    named = HASH_IN_NAME.search(path.name)
+    if named is None or not path.is_file():
+        return
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if not found.startswith(named[1]):
+        raise UserError(
+            f"{path} is not what its name says: its SHA-256 begins with {found[: len(named[1])]}, "
+            f"not {named[1]}; download it again"
+        )
 
 
 def _read_file(path: Path) -> dict[str, StoredTensor]:
