@@ -31,7 +31,15 @@ def test_normalize_keeps_the_shape(shape):
 
 @pytest.mark.parametrize(
     ("mode", "format"),
-    [("L", "PNG"), ("RGBA", "PNG"), ("P", "GIF"), ("CMYK", "JPEG"), ("1", "BMP"), ("RGB", "WEBP")],
+    [
+        ("L", "PNG"),
+        ("RGBA", "PNG"),
+        ("P", "GIF"),
+        ("CMYK", "JPEG"),
+        ("1", "BMP"),
+        ("RGB", "WEBP"),
+        ("RGB", "JPEG"),
+    ],
 )
 def test_every_kind_of_picture_becomes_rgb(mode, format):
     data = encoded(photo(0, 9, 7, mode), format)

@@ -29,7 +29,8 @@ def decode(data: bytes) -> Image.Image:
     if image.mode == "P":
         # The same colours as straight to RGB, without PIL's warning about palettes.
         image = image.convert("RGBA")
-    image = image.convert("RGB")
+    if image.mode != "RGB":  # or it would copy the picture
+        image = image.convert("RGB")
     image.load()
     return image
 
