@@ -86,7 +86,7 @@ class PipelineIterator(Iterator[dict[str, Any]]):
         return batch
 
     def _start(self) -> grain.DatasetIterator:
-        threads = 1 if self._workers else min(MAX_THREADS, os.cpu_count() or 1)
+        threads = 1 if self._workers else min(MAX_THREADS, usable_processors())
         dataset = grain.MapDataset.source(self._batches).slice(slice(self._number, None))
         dataset = dataset.to_iter_dataset(
             grain.ReadOptions(num_threads=threads, prefetch_buffer_size=READ_AHEAD * threads)
@@ -189,6 +189,13 @@ def state_of_host(states: Sequence[Mapping[str, Any]], index: int, count: int) -
     """
     unreadable = [picture for state in states[index::count] for picture in state["unreadable"]]
     return {"batch": states[0]["batch"], "unreadable": unreadable}
+
+
+def usable_processors() -> int:
+    """Processors that this process may use, which a cluster's scheduler may have made few."""
+    if hasattr(os, "sched_getaffinity"):  # not everywhere
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def live_and_die_with_parent(worker: int = 0, workers: int = 0) -> None:
