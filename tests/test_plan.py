@@ -230,7 +230,7 @@ def test_flags_that_are_suggested_do_fit(plan_on):
 
 
 def test_nothing_makes_it_fit(plan_on):
-    status, out = plan_on(GiB // 4096)
+    status, out = plan_on(1024)
     assert status == 1
     assert "take more devices" in out
     # What could not be enough, and that is all of it, was not compiled.
@@ -255,18 +255,26 @@ def test_a_program_that_xla_finds_too_large(plan_on, monkeypatch):
     assert "it fits with --config.remat=full --config.accumulate=2" in out
 
 
-def test_what_xla_says_is_one_line(plan_on, monkeypatch):
-    said = {}
+@pytest.mark.parametrize(
+    ("code", "kind", "said"),
+    [
+        ("INTERNAL", UserError, r"^XLA can't compile the step: INTERNAL: first$"),
+        ("RESOURCE_EXHAUSTED", plan.TooLarge, r"^RESOURCE_EXHAUSTED: first$"),
+    ],
+)
+def test_what_xla_says_is_one_line(planned, monkeypatch, code, kind, said):
+    config, topology, made = planned
 
     def fail(*_, **__):
-        raise jax.errors.JaxRuntimeError(f"{said['code']}: first\nsecond")
+        raise jax.errors.JaxRuntimeError(f"{code}: first\nsecond")
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", fail)
-    said["code"] = "INTERNAL"
-    with pytest.raises(UserError, match=r"^XLA can't compile the step: INTERNAL: first$"):
-        plan_on(GiB)
-    said["code"] = "RESOURCE_EXHAUSTED"
-    assert "DOES NOT FIT: RESOURCE_EXHAUSTED: first\n" in plan_on(GiB)[1]
+    with pytest.raises(UserError, match=said) as raised:
+        plan.compiled(config, topology, sharding.make_mesh({}, topology.devices[:1]))
+    assert type(raised.value) is kind
+    if kind is plan.TooLarge:
+        assert raised.value.memory.params == made.memory.params
+        assert raised.value.memory.temporaries == 0
 
 
 @pytest.mark.parametrize(
@@ -371,3 +379,33 @@ def test_a_target_that_is_unknown():
     assert done.returncode == 2
     [line] = done.stderr.strip().splitlines()
     assert all(name in line for name in TARGETS)
+
+
+@pytest.mark.parametrize(
+    ("describe", "target", "said"),
+    [
+        (targets._gpus, "h100-80gb", "can't describe 8 GPUs; .*: INTERNAL: first$"),
+        (targets._tpus, "tpu-v4", "--devices=8: no slice v4:2x2x2 can be described: .* first$"),
+        (targets._tpus, "tpu-v5e", "--devices=8: no slice v5e:4x2 can be described: .* first$"),
+    ],
+)
+def test_machines_that_a_plug_in_does_not_know(describe, target, said, monkeypatch):
+    from jax._src import xla_bridge
+
+    def fail(*_, **__):
+        raise jax.errors.JaxRuntimeError("INTERNAL: first\nsecond")
+
+    class Plugin:
+        __path__ = ("/nowhere",)
+
+        @staticmethod
+        def _get_library_path() -> str:
+            return "/nowhere/library.so"
+
+    for name in ("PATH", "XLA_FLAGS", "TPU_SKIP_MDS_QUERY"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))  # put back when the test ends
+    monkeypatch.setattr(targets.importlib, "import_module", lambda name: Plugin)
+    monkeypatch.setattr(xla_bridge, "register_plugin", lambda *_, **__: None)
+    monkeypatch.setattr(targets.topologies, "get_topology_desc", fail)
+    with pytest.raises(UserError, match=said):
+        describe(TARGETS[target], 8)
