@@ -3,10 +3,12 @@
 The package imports torchvision for what is not used here; so it is entered by the back door.
 """
 
+import contextlib
 import importlib
 import importlib.util
 import sys
 import types
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -15,13 +17,28 @@ import numpy as np
 import torch
 
 
+@contextlib.contextmanager
+def standing_in(modules: Mapping[str, Any]) -> Iterator[None]:
+    """Has imports find these; what else is imported meanwhile stays."""
+    before = {name: sys.modules.get(name) for name in modules}
+    sys.modules.update(modules)
+    try:
+        yield
+    finally:
+        for name, module in before.items():
+            if module is None:
+                del sys.modules[name]
+            else:
+                sys.modules[name] = module
+
+
 def modules() -> tuple[Any, Any]:
     """Those of the network and of the distance."""
     spec = importlib.util.find_spec("torch_fidelity")
     package = types.ModuleType(spec.name)
     package.__path__ = list(spec.submodule_search_locations)
     entered = {package.__name__: package, f"{package.__name__}.utils": mock.MagicMock()}
-    with mock.patch.dict(sys.modules, entered):
+    with standing_in(entered):
         names = ("feature_extractor_inceptionv3", "metric_fid")
         network, metric = (importlib.import_module(f"{package.__name__}.{name}") for name in names)
     return network, metric

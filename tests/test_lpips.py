@@ -1,9 +1,7 @@
 """LPIPS against the authors' own package, which takes its networks from torchvision."""
 
 import importlib
-import sys
 import types
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,6 +10,7 @@ from torch import nn
 
 from seed_jax.cli import UserError
 from seed_jax.evaluation import perceptual
+from tests import reference_fid
 
 
 def alexnet() -> nn.Sequential:
@@ -43,7 +42,7 @@ def published(folder, name: str):
         alexnet=lambda pretrained: types.SimpleNamespace(features=alexnet()),
         vgg16=lambda pretrained: types.SimpleNamespace(features=vgg16()),
     )
-    with mock.patch.dict(sys.modules, torchvision=torchvision), torch.random.fork_rng():
+    with reference_fid.standing_in({"torchvision": torchvision}), torch.random.fork_rng():
         torch.manual_seed(0)
         # The heads are the authors', which their package brings along.
         model = importlib.import_module("lpips").LPIPS(net=name, pnet_rand=True, verbose=False)
