@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from test_torch_io import Code
 
 from seed_jax import convert, model_dir
 from seed_jax.cli import UserError
 from seed_jax.interop.torch_io import INDEX_SUFFIX
 from seed_jax.interop.transformers_folder import TORCH_FILE
 from seed_jax.tasks.language_model import PACKAGED
+from tests.test_torch_io import Code
 
 SIZES = {
     "vocab_size": 20,

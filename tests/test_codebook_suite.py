@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import CODES, QUERIES, random_module
 
 from seed_jax.evaluation import codebook
 from seed_jax.evaluation.usage import usage
+from tests.tiny import CODES, QUERIES, random_module
 
 
 def test_usage_and_entropy_of_codes_one_can_count():

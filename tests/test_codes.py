@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tiny import CODES, QUERIES, save_tokenizer, write_pictures
 
 from seed_jax import model_dir
 from seed_jax.cli import UserError
@@ -20,6 +19,7 @@ from seed_jax.data.codes import CodesTable
 from seed_jax.data.sources import open_source
 from seed_jax.tokenize import main
 from tests import stages
+from tests.tiny import CODES, QUERIES, save_tokenizer, write_pictures
 
 PICTURES = 13
 FOLDERS = ("array_record", "parquet")

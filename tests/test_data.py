@@ -6,12 +6,12 @@ from random import Random
 
 import numpy as np
 import pytest
-from pictures import picture, records, word_tokenizer, write_records
 from transformers import PreTrainedTokenizerFast
 
 from seed_jax.cli import UserError
 from seed_jax.data import text
 from seed_jax.data.sources import open_source, write_array_record
+from tests.pictures import picture, records, word_tokenizer, write_records
 
 
 @pytest.fixture(scope="module")

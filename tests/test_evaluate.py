@@ -8,12 +8,12 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import CODES, SIDE, save_tokenizer, text_tokenizer, write_pictures
 
 from seed_jax import SeedTokenizer
 from seed_jax.cli import UserError
 from seed_jax.evaluate import main
 from seed_jax.evaluation import intervals, retrieval
+from tests.tiny import CODES, SIDE, save_tokenizer, text_tokenizer, write_pictures
 
 
 def test_ranks_against_a_full_sort():

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from golden_case import read
 
 from seed_jax import model_dir
 from seed_jax.interop import opt_weights
@@ -19,6 +18,7 @@ from seed_jax.models.generator import Generator
 from seed_jax.models.grammar import Grammar
 from seed_jax.models.opt import OPT, OPTConfig
 from seed_jax.models.visual_opt import VisualOPT, VisualOPTConfig
+from tests.golden_case import read
 
 CONFIG = VisualOPTConfig(
     opt=OPTConfig(vocab_size=21, width=16, depth=2, heads=2, mlp_dim=24, max_positions=64),

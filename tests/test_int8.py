@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tiny import write_pictures
 
 from seed_jax import SeedOPT, export, model_dir
 from seed_jax.models import int8
@@ -18,6 +17,7 @@ from seed_jax.models.visual_opt import VisualOPT, VisualOPTConfig
 from seed_jax.seed_opt import load_language_model
 from seed_jax.train import train
 from tests import stages
+from tests.tiny import write_pictures
 
 
 def kernel(*shape: int, seed: int = 0) -> np.ndarray:

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from flax import nnx
 from ml_collections import ConfigDict
-from pictures import records, write_folder, write_records
 
 from seed_jax.cli import UserError
 from seed_jax.data import mixture
 from seed_jax.data.sources import open_source, write_array_record
 from seed_jax.tasks.memory import Memory
+from tests.pictures import records, write_folder, write_records
 from tests.test_pipeline import assert_same, take, train
 
 A, B = 60, 12

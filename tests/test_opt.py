@@ -12,7 +12,6 @@ import optax
 import pytest
 import safetensors.numpy
 from flax import nnx
-from golden_case import read
 
 from seed_jax import losses
 from seed_jax.cli import UserError
@@ -23,6 +22,7 @@ from seed_jax.models.layers import Compute
 from seed_jax.models.lora import LoRAConfig
 from seed_jax.models.opt import OPT, OPTConfig, causal_mask
 from seed_jax.models.visual_opt import VisualOPT, VisualOPTConfig
+from tests.golden_case import read
 
 GOLDEN = Path(__file__).parent / "golden"
 SMALL = OPTConfig(vocab_size=21, width=16, depth=2, heads=2, mlp_dim=24, max_positions=24)

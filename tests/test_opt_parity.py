@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from golden_case import Case, read
 
 from seed_jax import losses
 from seed_jax.interop import opt_weights
@@ -25,6 +24,7 @@ from seed_jax.models.generator import Generator
 from seed_jax.models.layers import Compute
 from seed_jax.models.lora import LoRAConfig
 from seed_jax.models.opt import OPT, causal_mask
+from tests.golden_case import Case, read
 
 VARIANTS = ("base", "attn", "attn_mlp")
 

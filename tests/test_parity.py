@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from golden_case import Case, matches, read
 
 from seed_jax import losses
 from seed_jax.data import transforms
@@ -32,6 +31,7 @@ from seed_jax.models.tokenizer import (
     l2_normalize,
 )
 from seed_jax.models.vit import ViT
+from tests.golden_case import Case, matches, read
 
 # The branches of stage 2's training class, both of which lie in its weights.
 BRANCHES = {

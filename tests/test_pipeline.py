@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
-from pictures import picture, records, word_tokenizer, write_folder, write_records
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
@@ -23,6 +22,7 @@ from seed_jax.cli import UserError
 from seed_jax.data import pipeline, text
 from seed_jax.data.limit import Limit
 from seed_jax.data.sources import open_source, write_array_record
+from tests.pictures import picture, records, word_tokenizer, write_folder, write_records
 
 
 @pytest.fixture(scope="module")

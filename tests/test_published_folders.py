@@ -13,7 +13,6 @@ import transformers
 from flax import nnx
 from jax.sharding import PartitionSpec
 from ml_collections import ConfigDict
-from tiny import VOCABULARY, text_tokenizer
 
 from configs import tiny_causal_qformer
 from seed_jax import base_opt, convert, model_dir, sharding
@@ -29,6 +28,7 @@ from seed_jax.tasks import causal_qformer
 from seed_jax.tasks.causal_qformer import CausalQFormer
 from seed_jax.tasks.language_model import PACKAGED
 from tests.random_weights import random_weights
+from tests.tiny import VOCABULARY, text_tokenizer
 
 SIDE, QUERIES, WORDS = 28, 5, len(VOCABULARY)
 VISION = {

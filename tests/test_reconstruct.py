@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import CODES, QUERIES
 
 from seed_jax import SeedTokenizer, drawing, generate, tokenize
 from seed_jax.cli import UserError
@@ -17,6 +16,7 @@ from seed_jax.interop import diffusers_weights
 from seed_jax.models import teacher
 from seed_jax.reconstruct import main, output_name
 from tests.test_diffusion_weights import random_model
+from tests.tiny import CODES, QUERIES
 from tests.tiny_diffusion import save_models_and_pictures
 
 PICTURES = 5

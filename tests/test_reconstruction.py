@@ -8,7 +8,6 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import SIDE, text_tokenizer, write_pictures
 from transformers import CLIPConfig
 
 from seed_jax import SeedTokenizer, evaluate, inference
@@ -22,6 +21,7 @@ from seed_jax.evaluation.reconstruction import ROWS
 from seed_jax.models import inception
 from seed_jax.pieces import Pieces
 from tests import reference_fid
+from tests.tiny import SIDE, text_tokenizer, write_pictures
 from tests.tiny_diffusion import save_models_and_pictures
 
 PICTURES = 10

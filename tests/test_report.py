@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import CODES, write_pictures
 
 from seed_jax import evaluate, report
 from seed_jax.cli import UserError
 from seed_jax.data.sources import open_source, write_array_record
+from tests.tiny import CODES, write_pictures
 from tests.tiny_diffusion import save_stable_diffusion
 from tests.tiny_seed_opt import config, save_seed_opt
 

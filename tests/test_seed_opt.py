@@ -11,7 +11,6 @@ import pytest
 from flax import nnx
 from ml_collections import ConfigDict
 from PIL import Image
-from tiny import CODES, QUERIES, SIDE, save_tokenizer, write_pictures
 
 from configs import tiny_opt, tiny_seed_opt
 from seed_jax import SeedOPT, losses, model_dir, tokenize
@@ -26,6 +25,7 @@ from seed_jax.models.visual_opt import VisualOPT, VisualOPTConfig
 from seed_jax.tasks.language_model import PACKAGED
 from seed_jax.tasks.seed_opt import SeedOPTTraining, fill_in
 from seed_jax.train import train
+from tests.tiny import CODES, QUERIES, SIDE, save_tokenizer, write_pictures
 
 # What one test trains serves the others, in the same worker.
 pytestmark = pytest.mark.xdist_group("seed_opt")

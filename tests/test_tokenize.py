@@ -7,11 +7,11 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import QUERIES, SIDE, save_tokenizer, write_pictures
 
 from seed_jax import SeedTokenizer
 from seed_jax.cli import UserError
 from seed_jax.tokenize import main
+from tests.tiny import QUERIES, SIDE, save_tokenizer, write_pictures
 
 PICTURES = 13
 

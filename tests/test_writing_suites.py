@@ -4,7 +4,6 @@ import json
 
 import numpy as np
 import pytest
-from tiny import QUERIES, write_pictures
 
 from seed_jax import SeedOPT, evaluate, inference
 from seed_jax.cli import UserError
@@ -14,6 +13,7 @@ from seed_jax.evaluation import compression, vqa, writing
 from seed_jax.evaluation.journal import Journal
 from seed_jax.models.generation import NOTHING
 from seed_jax.models.generator import Written
+from tests.tiny import QUERIES, write_pictures
 from tests.tiny_diffusion import save_stable_diffusion
 from tests.tiny_seed_opt import config, save_seed_opt
 
