@@ -23,7 +23,7 @@ from seed_jax.tasks import PRECISIONS
 SHEET_PANELS = 8  # side by side, at most
 # A small model that is pushed as far as Stable Diffusion oversaturates.
 PACKAGED_GUIDANCE_SCALE = 2.0
-PANEL_INCHES = (2.1, 2.4)
+PANEL_INCHES, GAP_INCHES, LINE_INCHES = 2.0, 0.08, 0.14
 
 
 class Shown(NamedTuple):
@@ -115,9 +115,22 @@ def draw_sheet(shown: list[Shown], output: Path) -> None:
     panels = len(shown[0].panels)
     columns = max(1, SHEET_PANELS // panels)
     rows = -(-len(shown) // columns)
-    width, height = PANEL_INCHES
-    figure = Figure(figsize=(width * panels * columns, height * rows), layout="constrained")
-    axes = figure.subplots(rows, panels * columns, squeeze=False)
+    # Over each picture stand its label and, over the first, a title.
+    lines = 2 + max(group.title.count("\n") for group in shown)
+    above = lines * LINE_INCHES + GAP_INCHES
+    width, height = PANEL_INCHES + GAP_INCHES, PANEL_INCHES + above
+    whole_width, whole_height = width * panels * columns, height * rows + GAP_INCHES
+    figure = Figure(figsize=(whole_width, whole_height))
+    # By hand: to let matplotlib find the places takes as long again as to draw.
+    places = {
+        "left": GAP_INCHES / whole_width,
+        "right": 1,
+        "bottom": GAP_INCHES / whole_height,
+        "top": 1 - above / whole_height,
+        "wspace": GAP_INCHES / PANEL_INCHES,
+        "hspace": above / PANEL_INCHES,
+    }
+    axes = figure.subplots(rows, panels * columns, squeeze=False, gridspec_kw=places)
     for axis in axes.flat:
         axis.set_axis_off()
     for group, row in zip(shown, axes.reshape(-1, panels), strict=False):
