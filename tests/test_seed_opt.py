@@ -336,7 +336,7 @@ def test_a_question_needs_a_picture(trained, capsys):
         ({"batch_size": 24}, "data shards in groups of 2; 16 can"),
         ({"opt": "nowhere"}, "nowhere/config.json is missing"),
         ({"sequences.row_length": 40}, "row_length is 40 tokens, but a sequence can have"),
-        ({"codes": "gone.jsonl"}, "no such file; python -m seed_jax.tokenize writes one"),
+        ({"codes": "gone.jsonl"}, "no such file or folder; python -m seed_jax.tokenize writes one"),
         ({"codes": "a.jsonl,b.jsonl"}, "config.codes names 2 files, but config.data.path 1 sets"),
     ],
 )
