@@ -28,6 +28,7 @@ from seed_jax.models import layers
 from seed_jax.planning import cost, stand_ins, targets
 from seed_jax.planning.cost import Collective, Efficiency, Work
 from seed_jax.planning.targets import TARGETS, GiB, Target, Topology
+from seed_jax.tasks import picture_size
 from seed_jax.train import check_batch, find_task, parse_flags
 
 # Of a device's memory; the rest is for the driver, NCCL's and cuBLAS's buffers and gaps.
@@ -142,7 +143,7 @@ def abstract_step(config: ConfigDict, mesh: Mesh) -> tuple[jax.stages.Wrapped, A
         batch_shapes = features.train_shapes(features.read_settings(folder), rows)
     else:
         batch_shapes = pipeline.train_shapes(
-            batch_size=rows, image_size=config.image_size, texts=task.text_fields()
+            batch_size=rows, image_size=picture_size(config), texts=task.text_fields()
         )
     batch = {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=split)

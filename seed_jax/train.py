@@ -30,7 +30,7 @@ from seed_jax.data.sources import Records
 from seed_jax.files import replace_text
 from seed_jax.metrics import MetricsWriter
 from seed_jax.state import TrainStep
-from seed_jax.tasks import Task
+from seed_jax.tasks import Task, picture_size
 from seed_jax.tasks.autoencoder import AutoencoderKL
 from seed_jax.tasks.causal_qformer import CausalQFormer
 from seed_jax.tasks.codebook import Codebook
@@ -113,7 +113,7 @@ def open_data(config: ConfigDict, task: Task, mesh: Mesh) -> tuple[Records, Pipe
     return source, pipeline.train_pipeline(
         source,
         batch_size=config.batch_size,
-        image_size=config.image_size,
+        image_size=picture_size(config),
         texts=task.text_fields(),
         data=config.data,
         seed=config.seed,

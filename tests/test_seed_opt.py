@@ -1,6 +1,7 @@
 """SEED-OPT: its training stage, the model that it makes, and the command line around it."""
 
 import json
+import shutil
 from pathlib import Path
 from random import Random
 
@@ -94,8 +95,10 @@ def test_known_codes_train_as_those_made_on_the_way(trained, tokenizer, base, pi
     # The pictures must be what `tokenize` sees: whole, not cropped.
     whole = {"data.crop_scale": ()}
     train(recipe(tokenizer, base, pictures, **whole), tmp_path / "pixels")
-    known = {"codes": str(codes), "image_size": 0, **whole}
-    train(recipe(tokenizer, base, pictures, **known), tmp_path / "codes")
+    unread = shutil.copytree(pictures, tmp_path / "unread")
+    for picture in unread.glob("*.png"):
+        picture.write_bytes(b"")
+    train(recipe(tokenizer, base, unread, codes=str(codes), **whole), tmp_path / "codes")
     expected, found = (
         [row["loss"] for row in rows_of(tmp_path / name)] for name in ("pixels", "codes")
     )

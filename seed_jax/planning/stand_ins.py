@@ -14,6 +14,8 @@ from ml_collections import ConfigDict
 
 from seed_jax import base_opt, model_dir
 from seed_jax.data import features, prepared
+from seed_jax.data.codes import HASH_DIGITS, LINES
+from seed_jax.data.mixture import split_paths
 from seed_jax.data.pipeline import Drawing
 from seed_jax.data.text import EMBEDDED_TOKENIZER
 from seed_jax.models import teacher
@@ -107,6 +109,16 @@ def stand_in(config: ConfigDict, recipe: Path, folder: Path) -> list[str]:
         (path / prepared.REPORT).write_text(json.dumps(report))
         said.append("config.data.features: the shapes that these make")
         config.data.features = str(path)
+    if config.get("codes") and not Path(config.codes).exists():
+        known = model_dir.load_config(config.init, codebook.KIND, TokenizerConfig)
+        path = folder / f"known{LINES}"
+        of_tokenizer = model_dir.describe(config.init)["content_hash"][:HASH_DIGITS]
+        codes = [0] * known.encoder.qformer.queries
+        line = {"image": "", "codes": codes, "model": of_tokenizer}
+        path.write_text(json.dumps(line) + "\n")
+        sets = split_paths(config.data.path)
+        said.append("config.codes: known, so that no picture is read")
+        config.codes = ",".join([str(path)] * len(sets))
     if absent("opt"):
         path = _write(folder / "opt", base_opt.KIND, dataclasses.asdict(OPT))
         (path / "params").mkdir()

@@ -29,6 +29,11 @@ def compute_of(config: ConfigDict) -> Compute:
     return Compute(PRECISIONS[config.precision], remat=config.remat, unroll=config.unroll)
 
 
+def picture_size(config: ConfigDict) -> int:
+    """Pixels a side of the pictures that a stage reads; 0: none, as where their codes are known."""
+    return 0 if config.get("codes") else config.image_size
+
+
 class Task(Protocol):
     """What the training loop asks of a stage. `model` is what `build` made.
 
