@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from seed_jax.cli import UserError, first_line
 
 SIZES = "sizes.json"
 HALF_WRITTEN = "*.orbax-checkpoint-tmp*"
+TRIES = 50
 
 
 class Restored(NamedTuple):
@@ -142,8 +144,13 @@ class Checkpoints:
 
 def give_back_room(folder: Path) -> int | None:
     """Takes away what there is of an unfinished checkpoint; the step of the newest whole one."""
-    for half in folder.glob(HALF_WRITTEN):
-        shutil.rmtree(half, ignore_errors=True)
+    for half in list(folder.glob(HALF_WRITTEN)):
+        # What orbax was still writing when it gave up may come in between.
+        for _ in range(TRIES):
+            shutil.rmtree(half, ignore_errors=True)
+            if not half.exists():
+                break
+            time.sleep(0.1)
     return max((int(path.name) for path in folder.glob("*") if path.name.isdigit()), default=None)
 
 
