@@ -231,7 +231,8 @@ def test_two_processes_make_the_model_that_one_makes(tmp_path):
 
 
 def test_two_processes_train_the_language_model_that_one_trains(tmp_path):
-    config, _ = stages.make("seed_opt", tmp_path, **{"data.path": "embedded", "data.split": ""})
+    data = {"data.path": "embedded", "data.split": ""}
+    config, _ = stages.make("seed_opt", tmp_path, steps=2, **data)
     with Cluster(tmp_path / "two", tiny_seed_opt, config) as cluster:
         train(config, tmp_path / "one")
         assert cluster.end() == 0, cluster.said

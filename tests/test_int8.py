@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from seed_jax import SeedOPT, export, model_dir
+from seed_jax import model_dir
 from seed_jax.models import int8
 from seed_jax.models.int8 import Int8Linear
 from seed_jax.models.layers import Compute
@@ -80,7 +80,7 @@ def test_adapters_train_on_it_and_its_directory_loads_as_floats(tmp_path):
     pictures = write_pictures(tmp_path / "pictures", 20)
     for name in ("float", "int8"):
         (tmp_path / name).mkdir()
-        changes = {f"mesh.{axis}": 2 for axis in ("data", "fsdp", "tensor")}
+        changes = {"steps": 2} | {f"mesh.{axis}": 2 for axis in ("data", "fsdp", "tensor")}
         changes |= {"data.path": str(pictures), "data.split": "", "model.int8": name == "int8"}
         config, _ = stages.make("seed_opt", tmp_path / name, **changes)
         train(config, tmp_path / name / "run")
@@ -98,7 +98,3 @@ def test_adapters_train_on_it_and_its_directory_loads_as_floats(tmp_path):
         floats.opt.layers.up.kernel[...], up.values[...].astype(jnp.float32) * up.scale[...]
     )
     np.testing.assert_array_equal(floats.opt.layers.up.lora_b[...], up.lora_b[...])
-    assert SeedOPT.from_pretrained(folder).draw(["a cat"]).min() >= 0
-    export.main(
-        ["--model", str(folder), "--format", "peft", "--output", str(tmp_path / "adapters")]
-    )

@@ -26,6 +26,7 @@ from seed_jax.tasks.language_model import PACKAGED as PACKAGED_OPT
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 OPT = OPTConfig()  # 2.7B
+NO_HASH = "0" * 64  # of weights that are not there
 # Stable Diffusion 1.x: the text model of CLIP ViT-L/14 (openai/clip-vit-large-patch14).
 TEXT_ENCODER = {
     "vocab_size": 49_408,
@@ -133,6 +134,11 @@ def _recipe(path: Path) -> ConfigDict:
 
 def _write(path: Path, kind: str, config: dict[str, Any]) -> Path:
     path.mkdir()
-    described = {"format": model_dir.FORMAT, "kind": kind, "config": config, "content_hash": ""}
+    described = {
+        "format": model_dir.FORMAT,
+        "kind": kind,
+        "config": config,
+        "content_hash": NO_HASH,
+    }
     (path / "config.json").write_text(json.dumps({**described, "files": {}}))
     return path
