@@ -1,7 +1,8 @@
 """Stage 2 on the embedded pictures: minutes on two CPU cores.
 
-    python -m seed_jax.train --config configs/tiny_codebook.py --workdir runs/codebook \
-        --config.init=runs/causal_qformer/model
+    python -m seed_jax.train --config configs/tiny_codebook.py --workdir runs/codebook
+
+goes on from the stage 1 of `bash launch/quickstart.sh out`; --config.init names another.
 """
 
 from ml_collections import ConfigDict
@@ -11,6 +12,7 @@ from configs import codebook
 
 def get_config() -> ConfigDict:
     config = codebook.get_config().unlock()
+    config.init = "out/causal_qformer/model"
     config.steps = 900
     config.batch_size = 32
     config.image_size = 64

@@ -1,7 +1,8 @@
 """Stage 3 on the embedded pictures and the packaged tiny OPT, on two CPU cores.
 
-    python -m seed_jax.train --config configs/tiny_seed_opt.py --workdir runs/seed_opt \
-        --config.init=runs/codebook/model
+    python -m seed_jax.train --config configs/tiny_seed_opt.py --workdir runs/seed_opt
+
+takes the tokenizer of `bash launch/quickstart.sh out`; --config.init names another.
 """
 
 from ml_collections import ConfigDict
@@ -12,6 +13,7 @@ from seed_jax.data.sequences import CAPTION_PROMPT, QUESTION_PROMPT
 
 def get_config() -> ConfigDict:
     config = seed_opt.get_config().unlock()
+    config.init = "out/tokenizer"
     config.steps = 1200
     config.batch_size = 48
     config.image_size = 64
