@@ -122,6 +122,7 @@ def test_figures_against_a_simple_computation(there, tmp_path, monkeypatch, caps
     for row in ROWS:
         expected = mean_difference(true, drawings[row]).mean()
         assert results["lpips"][row] == pytest.approx(expected, rel=1e-2)
+        assert f"{results['lpips'][row]:.3f}" in table
     assert len(set(results["lpips"].values())) == 3
     assert f"FID of {PICTURES} pictures. Of fewer than 2049" in table
 

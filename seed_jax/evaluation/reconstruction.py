@@ -307,7 +307,13 @@ def table(found: dict[str, Any]) -> str:
         rows.append([told, value, *(f"{x:.3f}" if x is not None else "" for x in theirs)])
     told = f"{found['pictures']} pictures, compared by the {found['encoder']}."
     return "\n\n".join(
-        [tables.markdown(head, rows), *fid.tables_of(found, ROWS), told, *tables.left_out(found)]
+        [
+            tables.markdown(head, rows),
+            *fid.tables_of(found, ROWS),
+            *perceptual.tables_of(found, ROWS),
+            told,
+            *tables.left_out(found),
+        ]
     )
 
 
