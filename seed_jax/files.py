@@ -1,6 +1,7 @@
 """Files and folders that are there whole or not at all, and telling whether they still are."""
 
 import contextlib
+import hashlib
 import os
 import shutil
 import socket
@@ -33,6 +34,12 @@ def claim_text(file: Path, text: str) -> None:
             partial.replace(file)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def sha256(file: Path) -> str:
+    """Of a file's content, in hexadecimal."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 @contextlib.contextmanager

@@ -55,6 +55,20 @@ class Runner:
 
         return lambda *arrays: compiled(self._state, *jax.device_put(arrays, split))
 
+    def compile_padded(self, function: Callable[..., Any]) -> Callable[..., np.ndarray]:
+        """As `compile`, of as many rows as there are, whether or not they split evenly.
+
+        `function` returns one array, [B, ...]. Each number of rows is compiled anew.
+        """
+        compiled = self.compile(function)
+
+        def padded(*arrays: np.ndarray) -> np.ndarray:
+            count = len(arrays[0])
+            rows = np.minimum(np.arange(self.batch_size(count)), count - 1)
+            return np.asarray(compiled(*(array[rows] for array in arrays)))[:count]
+
+        return padded
+
 
 @dataclasses.dataclass(frozen=True)
 class CodeEmbeddings:

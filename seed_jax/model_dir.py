@@ -133,7 +133,7 @@ def load(
     graphdef, state = nnx.split(abstract)
     device = SingleDeviceSharding(jax.local_devices()[0])
     target = {
-        "/".join(map(str, path)): jax.ShapeDtypeStruct(
+        _name(path): jax.ShapeDtypeStruct(
             param.shape,
             stored if stored and not param.get_metadata().get("exact") else param.dtype,
             sharding=device,
@@ -331,14 +331,17 @@ def check_params(
 
 def flat_params(state: nnx.State) -> dict[str, Any]:
     """Arrays by path, such as 'encoder/vit/patch_embed/kernel'."""
-    return {"/".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
+    return {_name(path): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
+
+
+def _name(path: tuple) -> str:
+    return "/".join(map(str, path))
 
 
 def unflatten_params(state: nnx.State, flat: dict[str, Any]) -> nnx.State:
     """`state` with the arrays of `flat`, which holds one for each of its paths."""
     return nnx.from_flat_state(
-        (path, leaf.replace(flat["/".join(map(str, path))]))
-        for path, leaf in nnx.to_flat_state(state)
+        (path, leaf.replace(flat[_name(path)])) for path, leaf in nnx.to_flat_state(state)
     )
 
 

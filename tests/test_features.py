@@ -19,7 +19,6 @@ from seed_jax.data import features, transforms
 from seed_jax.data.features import FeatureSource
 from seed_jax.data.sources import open_source
 from seed_jax.data.text import choose_caption
-from seed_jax.metrics import MetricsWriter
 from seed_jax.models import teacher
 from seed_jax.tasks.codebook import Codebook
 from seed_jax.train import train
@@ -27,7 +26,7 @@ from tests import stages
 from tests.pictures import write_folder
 from tests.test_pipeline import assert_same, take
 from tests.test_pipeline import config as data_config
-from tests.test_train import losses, small
+from tests.test_train import losses, small, train_until_killed
 from tests.tiny import write_pictures
 
 PICTURES, VIEWS, SEED, SIDE = 20, 3, 7, 32
@@ -228,21 +227,7 @@ def test_stage_2_from_features_is_stage_2_from_pictures(init, whole, tmp_path):
     train(config.lock(), tmp_path / "pictures")
     config = config.copy_and_resolve_references().unlock()
     config.data.update(features=str(folder), path="not looked at")
-    config.lock()
-
-    class Killed(Exception):
-        pass
-
-    class Bomb(MetricsWriter):
-        def write(self, step, metrics):
-            if step == 5:
-                raise Killed
-            super().write(step, metrics)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("seed_jax.train.MetricsWriter", Bomb)
-        with pytest.raises(Killed):
-            train(config, tmp_path / "features")
+    train_until_killed(config.lock(), tmp_path / "features", at=5)
     train(config, tmp_path / "features")
     np.testing.assert_allclose(
         losses(tmp_path / "features"), losses(tmp_path / "pictures"), rtol=1e-3

@@ -103,26 +103,32 @@ def test_both_stages_and_the_tokenizer_they_make(stage1, tmp_path, caplog):
     assert codes.max() < tokenizer.config.codebook.size
 
 
-def test_a_run_killed_in_the_middle_goes_on_bitwise(tmp_path, caplog):
-    config = small(tiny_causal_qformer.get_config(), steps=7, checkpoint_every=3)
-    with jax.log_compiles(), caplog.at_level(logging.WARNING):
-        train(config, tmp_path / "whole")
-    assert compiles_of(caplog, "train_step") == 1
+def train_until_killed(config: ConfigDict, workdir: Path, at: int) -> None:
+    """Trains up to a step whose metrics must be written, and fails there."""
 
     class Killed(Exception):
         pass
 
     class Bomb(MetricsWriter):
         def write(self, step, metrics):
-            if step == 5:
+            if step == at:
                 raise Killed
             super().write(step, metrics)
 
-    broken = tmp_path / "broken"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("seed_jax.train.MetricsWriter", Bomb)
         with pytest.raises(Killed):
-            train(config, broken)
+            train(config, workdir)
+
+
+def test_a_run_killed_in_the_middle_goes_on_bitwise(tmp_path, caplog):
+    config = small(tiny_causal_qformer.get_config(), steps=7, checkpoint_every=3)
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        train(config, tmp_path / "whole")
+    assert compiles_of(caplog, "train_step") == 1
+
+    broken = tmp_path / "broken"
+    train_until_killed(config, broken, at=5)
     train(config, broken)
     assert losses(broken) == losses(tmp_path / "whole")
 

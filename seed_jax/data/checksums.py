@@ -4,10 +4,11 @@ Checksums of the unpacked files are hardly ever published, those of their archiv
 also held against its archive, where that lies beside it.
 """
 
-import hashlib
 import zipfile
 import zlib
 from pathlib import Path
+
+from seed_jax.files import sha256
 
 CHUNK = 1 << 20
 # SHA-256. Of the archives: tensorflow/datasets, url_checksums/coco_captions.txt. Of the unpacked
@@ -44,8 +45,7 @@ def _of_another_hash(file: Path) -> str:
     expected = PUBLISHED.get(file.name)
     if expected is None:
         return ""
-    with file.open("rb") as opened:
-        found = hashlib.file_digest(opened, "sha256").hexdigest()
+    found = sha256(file)
     return (
         ""
         if found == expected

@@ -18,12 +18,14 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from seed_jax.cli import UserError
-from seed_jax.data.codes import CodesTable
 from seed_jax.data.text import DrawnCaption
 from seed_jax.models.visual_opt import VisualOPTConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+    # It needs pyarrow, which most of what imports this module does without.
+    from seed_jax.data.codes import CodesTable
 
 CAPTION_PROMPT = "A photo of"
 QUESTION_PROMPT = "Question: {} Short answer:"

@@ -5,7 +5,7 @@ Shapes: B batch, T tokens, E features.
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from flax import nnx
@@ -29,23 +29,22 @@ class Encoder(NamedTuple):
       name: for whoever reads the figures.
       clip: whether it is one, as the paper's is.
       size: height and width of the pictures it takes.
-      features: uint8 [B, size, size, 3] to [B, E].
-      texts: texts to [B, E]. To be called with as many each time, lest it compile again.
-      multiple: the devices, which split a batch evenly.
+      features: uint8 [B, size, size, 3] to [B, E]. To be called with as many each time, lest it
+        compile again.
+      texts: texts to [B, E], under the same terms.
     """
 
     name: str
     clip: bool
     size: int
-    features: Callable[[np.ndarray], Any]
+    features: Callable[[np.ndarray], np.ndarray]
     texts: Callable[[Sequence[str]], np.ndarray]
-    multiple: int
 
     def pictures(self, pictures: Iterable[Image.Image]) -> np.ndarray:
         """Features of pictures of any size and number, [B, E]."""
-        resized = [transforms.resize(picture, self.size) for picture in pictures]
-        padding = resized[-1:] * (-len(resized) % self.multiple)
-        return np.asarray(self.features(np.stack(resized + padding)))[: len(resized)]
+        return self.features(
+            np.stack([transforms.resize(picture, self.size) for picture in pictures])
+        )
 
 
 def open_encoder(
@@ -80,9 +79,9 @@ def clip_encoder(path: str) -> Encoder:
         # Only now: to compare pictures, no tokenizer is needed.
         return TextField(load_tokenizer(path), length)
 
-    texts = _texts(runner, runner.compile(ClipEncoder.text_features), field)
-    features = runner.compile(ClipEncoder.__call__)
-    return Encoder(path, True, clip.size, features, texts, runner.batch_size(1))
+    texts = _texts(runner.compile_padded(ClipEncoder.text_features), field)
+    features = runner.compile_padded(ClipEncoder.__call__)
+    return Encoder(path, True, clip.size, features, texts)
 
 
 def _own_encoder(model: SeedTokenizer, runner: inference.Runner, name: str | Path) -> Encoder:
@@ -93,27 +92,26 @@ def _own_encoder(model: SeedTokenizer, runner: inference.Runner, name: str | Pat
             "--image-encoder"
         )
 
-    @runner.compile
+    @runner.compile_padded
     def features(model: SeedTokenizer, images: Array) -> Array:
         return model.image_features(model.causal_embeddings(images))
 
     def field() -> TextField:
         return TextField(load_tokenizer(Path(name) / "text_tokenizer"), config.text_length)
 
-    texts = _texts(runner, runner.compile(SeedTokenizer.text_features), field)
+    texts = _texts(runner.compile_padded(SeedTokenizer.text_features), field)
     size, told = config.vit.image_size, f"stage-1 encoder of {name}"
-    return Encoder(told, False, size, features, texts, runner.batch_size(1))
+    return Encoder(told, False, size, features, texts)
 
 
 def _texts(
-    runner: inference.Runner, apply: Callable[..., Any], field: Callable[[], TextField]
+    apply: Callable[..., np.ndarray], field: Callable[[], TextField]
 ) -> Callable[[Sequence[str]], np.ndarray]:
     made: list[TextField] = []
 
     def features(texts: Sequence[str]) -> np.ndarray:
         if not made:
             made.append(field())
-        padding = [""] * (runner.batch_size(len(texts)) - len(texts))
-        return np.asarray(apply(*made[0].batch([*texts, *padding])))[: len(texts)]
+        return apply(*made[0].batch(list(texts)))
 
     return features

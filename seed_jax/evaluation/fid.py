@@ -33,14 +33,7 @@ def open_inception(file: Path) -> Callable[[np.ndarray], np.ndarray]:
       UserError: see `inception_weights.load`.
     """
     runner = inference.Runner(inception_weights.load(file))
-    apply = runner.compile(Inception.__call__)
-
-    def features(pictures_BSSC: np.ndarray) -> np.ndarray:
-        count = len(pictures_BSSC)
-        rows = np.minimum(np.arange(runner.batch_size(count)), count - 1)
-        return np.asarray(apply(pictures_BSSC[rows]))[:count]
-
-    return features
+    return runner.compile_padded(Inception.__call__)
 
 
 def distance(a_PF: np.ndarray, b_PF: np.ndarray) -> float:

@@ -26,17 +26,15 @@ def open_lpips(trunk: Path, heads: Path) -> Callable[[np.ndarray, np.ndarray], n
       UserError: see `lpips_weights.load`; from the function: the pictures are too small.
     """
     runner = inference.Runner(lpips_weights.load(trunk, heads))
-    apply = runner.compile(LPIPS.__call__)
+    apply = runner.compile_padded(LPIPS.__call__)
 
     def distances(a_BSSC: np.ndarray, b_BSSC: np.ndarray) -> np.ndarray:
-        count, side = a_BSSC.shape[:2]
-        if side < LEAST_SIDE:
+        if (side := a_BSSC.shape[1]) < LEAST_SIDE:
             raise UserError(
                 f"LPIPS of pictures of {side} pixels: its networks take {LEAST_SIDE} or more; "
                 "leave out --lpips"
             )
-        rows = np.minimum(np.arange(runner.batch_size(count)), count - 1)
-        return np.asarray(apply(a_BSSC[rows], b_BSSC[rows]))[:count]
+        return apply(a_BSSC, b_BSSC)
 
     return distances
 

@@ -5,7 +5,6 @@ The only module of the package that imports torch.
 
 import ctypes
 import dataclasses
-import hashlib
 import json
 import math
 import mmap
@@ -25,6 +24,7 @@ import safetensors
 from tqdm import tqdm
 
 from seed_jax.cli import UserError
+from seed_jax.files import sha256
 from seed_jax.lazy import LazyTensor
 
 # What published checkpoints wrap their state dict in.
@@ -106,8 +106,7 @@ def check_named_hash(path: Path) -> None:
     named = HASH_IN_NAME.search(path.name)
     if named is None or not path.is_file():
         return
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = sha256(path)
     if not found.startswith(named[1]):
         raise UserError(
             f"{path} is not what its name says: its SHA-256 begins with {found[: len(named[1])]}, "
