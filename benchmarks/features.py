@@ -108,7 +108,7 @@ def recipe(folder: Path, args: argparse.Namespace) -> ConfigDict:
                 rng.standard_normal((1, *shape), np.float32).astype(np.float16)
                 for shape in (settings.causal, settings.states)
             )
-            yield Features(str(number), causal, states, [0]).pack()
+            yield from Features(str(number), causal, states, [0]).rows()
 
     write_rows(shard, made())
     report = json.loads((shard.parent / REPORT).read_text())

@@ -20,7 +20,8 @@ def get_config() -> ConfigDict:
     config.accumulate = 1  # microbatches of a step, to save memory; the loss stays the batch's own
     config.teacher = "CompVis/stable-diffusion-v1-4"  # "" is the packaged tiny text encoder
     config.remember = False  # run what is frozen once a record, not once a step: one view of each
-    # Folder of `seed_jax.tokenize --features`, in place of data.path and of running what is frozen.
+    # Folders of `seed_jax.tokenize --features`, split by commas and mixed by data.weights, in place
+    # of data.path and of running what is frozen.
     config.data.features = ""
     # Stage 1 is frozen and brings its tokenizer.
     del config.train_vit, config.first_scale, config.tokenizer

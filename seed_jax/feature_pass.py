@@ -114,11 +114,12 @@ def writer(args: argparse.Namespace, settings: Settings, source: Source) -> Writ
             for batch in batches:
                 causal, states = jax.device_get(apply(batch["image"], batch["prompt"]))
                 for features in of_pictures(batch, causal, states, settings.views, shard, source):
-                    yield features.pack()
+                    yield from features.rows()
                 shard.tell(int(batch["index"].max()) + 1, batches.unreadable)
 
         try:
-            return Written(write_rows(shard.path, rows()), batches.unreadable)
+            records = write_rows(shard.path, rows()) // (2 * settings.views)
+            return Written(records, batches.unreadable)
         finally:
             batches.close()
 

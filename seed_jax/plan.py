@@ -26,6 +26,7 @@ from seed_jax.cli import UserError, first_line
 from seed_jax.data import features, pipeline
 from seed_jax.models import layers
 from seed_jax.planning import cost, stand_ins, targets
+from seed_jax.planning import features as feature_cost
 from seed_jax.planning.cost import Collective, Efficiency, Work
 from seed_jax.planning.targets import TARGETS, GiB, Target, Topology
 from seed_jax.tasks import picture_size
@@ -139,8 +140,8 @@ def abstract_step(config: ConfigDict, mesh: Mesh) -> tuple[jax.stages.Wrapped, A
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
     )
     split, rows = sharding.batch_sharding(mesh), config.batch_size
-    if folder := config.data.get("features"):
-        batch_shapes = features.train_shapes(features.read_settings(folder), rows)
+    if folders := features.folders(config.data):
+        batch_shapes = features.train_shapes(features.read_settings(folders[0]), rows)
     else:
         batch_shapes = pipeline.train_shapes(
             batch_size=rows, image_size=picture_size(config), texts=task.text_fields()
@@ -249,6 +250,7 @@ def report(config: ConfigDict, plan: Plan, target: Target, devices: int, share: 
         f"network {time.network:.3g}",
         f"the run: {config.steps} steps of {config.batch_size}, {pictures / 1e6:.4g} million "
         f"pictures, {run / DAY:.3g} days = {run / 3600:.3g} hours",
+        *feature_cost.told(config, time.step, target, devices, share),
         "assumed",
         f"  {share.compute:.0%} of {peak / 1e12:.4g} TFLOP/s ({config.precision}); "
         f"{share.memory:.0%} of {target.bandwidth / 1e9:.0f} GB/s of memory, through which "

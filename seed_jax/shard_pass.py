@@ -105,7 +105,7 @@ class Written(NamedTuple):
     """What a shard holds.
 
     Attributes:
-      records: in the file.
+      records: of the source that are in the file.
       unreadable: name and reason of each picture that is not among them.
     """
 

@@ -99,8 +99,8 @@ def open_data(config: ConfigDict, task: Task, mesh: Mesh) -> tuple[Records, Pipe
     """The training set, and this process's rows of its batches: of pictures or of features."""
     rows = sharding.local_rows(mesh, config.batch_size)
     put = partial(sharding.put_batch, mesh=mesh)
-    if config.data.get("features"):
-        made = features.FeatureSource(config.data.features)
+    if features.folders(config.data):
+        made = features.open_training_set(config.data)
         return made, features.train_pipeline(
             made,
             batch_size=config.batch_size,

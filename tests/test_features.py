@@ -17,7 +17,7 @@ from seed_jax import SeedTokenizer, model_dir, tokenize
 from seed_jax.cli import UserError
 from seed_jax.data import features, transforms
 from seed_jax.data.features import FeatureSource
-from seed_jax.data.sources import open_source
+from seed_jax.data.sources import ArrayRecordSource, open_source
 from seed_jax.data.text import choose_caption
 from seed_jax.models import teacher
 from seed_jax.tasks.codebook import Codebook
@@ -90,22 +90,22 @@ def test_each_view_is_what_the_frozen_networks_make_of_it(init, pictures, drawn)
     views = [(index, view) for index in range(PICTURES) for view in range(VIEWS)]
     batch = picture_rows(pictures, task, views)
     made = jax.device_get(nnx.jit(task._run_frozen)(model, batch))
+    for row, (index, view) in enumerate(views):
+        found = source.view(index, view)
+        # Sums come out a little different in batches of another size.
+        np.testing.assert_allclose(found.causal, made["causal"][row], rtol=ROUNDING, atol=1e-5)
+        np.testing.assert_allclose(found.states, made["states"][row], rtol=ROUNDING, atol=1e-5)
+        assert source.name(index) == open_source(pictures)[index]["id"]
+        assert not np.array_equal(found.causal, source.view(index, (view + 1) % VIEWS).causal)
+
+    # A caption is stored once.
+    records = ArrayRecordSource(sorted(drawn.glob("*.array_record")))
+    assert len(records) == PICTURES * 2 * VIEWS
     captions = batch["prompt"].reshape(PICTURES, VIEWS, -1)
     different = [len(np.unique(rows, axis=0)) for rows in captions]
     assert set(different) > {1}
-    for index in range(PICTURES):
-        found = source[index]
-        assert found.id == open_source(pictures)[index]["id"]
-        assert len(found.states) == different[index]
-        for view in range(VIEWS):
-            row = index * VIEWS + view
-            # Sums come out a little different in batches of another size.
-            np.testing.assert_allclose(
-                found.causal[view], made["causal"][row], rtol=ROUNDING, atol=1e-5
-            )
-            states = found.states[found.caption[view]]
-            np.testing.assert_allclose(states, made["states"][row], rtol=ROUNDING, atol=1e-5)
-        assert not np.array_equal(found.causal[0], found.causal[1])
+    stored = ["states" in records[number] for number in range(len(records))]
+    assert np.sum(np.reshape(stored, (PICTURES, -1)), axis=1).tolist() == different
 
 
 def test_views_depend_neither_on_shards_nor_on_batches(init, pictures, drawn, tmp_path):
@@ -114,18 +114,17 @@ def test_views_depend_neither_on_shards_nor_on_batches(init, pictures, drawn, tm
     first = FeatureSource(drawn)
     assert len(list(drawn.glob("*.array_record"))) == 3
     for index in range(PICTURES):
-        a, b = first[index], again[index]
-        assert (a.id, a.caption) == (b.id, b.caption)
-        np.testing.assert_allclose(a.causal, b.causal, rtol=2 * ROUNDING, atol=1e-5)
+        assert first.name(index) == again.name(index)
+        for view in range(VIEWS):
+            for a, b in zip(first.view(index, view), again.view(index, view), strict=True):
+                np.testing.assert_allclose(a, b, rtol=2 * ROUNDING, atol=1e-5)
 
 
-def batches(folder: Path, *, batch_size: int = 8, rows=None, **changes):
+def batches(*folders: Path, batch_size: int = 8, rows=None, weights=(), **changes):
+    data = data_config(**changes)
+    data.update(features=",".join(map(str, folders)), weights=weights)
     return features.train_pipeline(
-        FeatureSource(folder),
-        batch_size=batch_size,
-        data=data_config(**changes),
-        seed=0,
-        rows=rows,
+        features.open_training_set(data), batch_size=batch_size, data=data, seed=0, rows=rows
     )
 
 
@@ -140,11 +139,31 @@ def test_batches_are_rows_of_the_features_in_the_pictures_order(pictures, drawn)
         for row, index in enumerate(batch["index"]):
             view = Random(8 * number + row).randrange(VIEWS)
             views.add((int(index), view))
-            record = source[int(index)]
-            np.testing.assert_array_equal(batch["causal"][row], record.causal[view])
-            states = record.states[record.caption[view]]
-            np.testing.assert_array_equal(batch["states"][row], states)
+            assert_row(batch, row, source.view(int(index), view))
     assert len(views) > 2 * PICTURES
+
+
+def assert_row(batch: dict, row: int, view: features.View) -> None:
+    np.testing.assert_array_equal(batch["causal"][row], view.causal)
+    np.testing.assert_array_equal(batch["states"][row], view.states)
+
+
+def test_folders_mix_by_their_weights(drawn, whole):
+    _, plain = whole  # of two views
+    first, second = FeatureSource(drawn), FeatureSource(plain)
+    counts = np.zeros(2, int)
+    for number, batch in enumerate(take(batches(drawn, plain, weights=(1.0, 3.0)), 10)):
+        for row, index in enumerate(batch["index"]):
+            rng = Random(8 * number + row)
+            of_second = index >= PICTURES
+            counts[int(of_second)] += 1
+            found = (
+                second.view(int(index) - PICTURES, rng.randrange(2))
+                if of_second
+                else first.view(int(index), rng.randrange(VIEWS))
+            )
+            assert_row(batch, row, found)
+    assert counts.tolist() == [20, 60]
 
 
 def stage_pictures(pictures: Path):
@@ -172,9 +191,10 @@ def test_a_damaged_record_gives_its_row_to_another(drawn, tmp_path):
     folder = tmp_path / "f"
     shutil.copytree(drawn, folder)
     file = sorted(folder.glob("*.array_record"))[1]
-    data = bytearray(file.read_bytes())
-    place = data.index(FeatureSource(drawn)[11].causal.tobytes())
-    data[place + 100] ^= 0xFF
+    data, source = bytearray(file.read_bytes()), FeatureSource(drawn)
+    for view in range(VIEWS):
+        place = data.index(source.view(11, view).causal.tobytes())
+        data[place + 100] ^= 0xFF
     file.write_bytes(data)
     made = batches(folder, max_unreadable=0.05)
     for batch, wanted in zip(take(made, 8), take(batches(drawn), 8), strict=True):
@@ -183,7 +203,8 @@ def test_a_damaged_record_gives_its_row_to_another(drawn, tmp_path):
         for name in batch:
             np.testing.assert_array_equal(batch[name][same], wanted[name][same])
     (named,) = made.unreadable
-    assert named.startswith(f"{file}, record 3 (")
+    # Its first record in that shard, which the three pictures before it have six each in.
+    assert named.startswith(f"{file}, record {3 * 2 * VIEWS} of {folder} (")
     with pytest.raises(UserError, match="1 of 20 pictures can't be read"):
         take(batches(folder), 8)
 

@@ -7,6 +7,9 @@ from flax import nnx
 from configs import causal_qformer, codebook, seed_opt, tiny_codebook, tiny_seed_opt
 from seed_jax import plan, sharding
 from seed_jax.planning import cost, stand_ins
+from seed_jax.planning import features as feature_cost
+from seed_jax.planning.cost import Efficiency
+from seed_jax.planning.targets import Target
 from seed_jax.train import TASKS
 from tests.test_train import small
 
@@ -64,6 +67,17 @@ def test_features_take_the_frozen_networks_out_of_the_step(tmp_path):
         for one, given in ((plain_step, (plain_current, plain_batch)), (step, (current, batch)))
     ]
     assert flops[0] - flops[1] == cost.work(frozen.jaxpr).flops > 0
+
+    # Which is what the pass costs that writes them, and a run from pictures tells nothing of it.
+    a_view = feature_cost.work_of_a_view(config).flops
+    assert config.batch_size * a_view == cost.work(frozen.jaxpr).flops
+    target = Target(peak={"float32": 1e9}, memory=0, bandwidth=1, link=1, domain=0, host_network=0)
+    given = (2.0, target, 5, Efficiency(compute=0.5))
+    read, written = feature_cost.told(config, *given)
+    row = 2 * (32 * 128 + 77 * 128) + 4
+    assert f"{config.batch_size * row / 2 / 1e9:.3g} GB/s" in read
+    assert f"{a_view * 1e6 / 5 / 0.5e9 / 3600:.2g} hours a million views" in written
+    assert feature_cost.told(plain, *given) == []
 
 
 def test_known_codes_take_tokenizer_and_pictures_out_of_the_step(tmp_path):

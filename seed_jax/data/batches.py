@@ -134,14 +134,15 @@ class Row(NamedTuple, Generic[R]):
 
 
 class Readable(Protocol[R_co]):
-    """Records by number; reading one raises an UnreadablePicture where that can't be done."""
+    """What rows of training are made of, by number."""
 
     @property
     def source(self) -> Records: ...
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> R_co: ...
+    def draw(self, index: int, rng: Random) -> R_co:
+        """A record, or what the row's generator picks of it; may raise an UnreadablePicture."""
 
 
 def shuffled(
@@ -249,7 +250,7 @@ class _TrainBatches(Generic[R]):
         index = int(self._order[position])
         while True:
             try:
-                return Row(index, self._records[index], rng)
+                return Row(index, self._records.draw(index, rng), rng)
             except UnreadablePicture as error:
                 unreadable[index] = str(error)
             # Too many already: without this, one row would go through a whole set of them.

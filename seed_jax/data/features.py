@@ -1,5 +1,9 @@
 """What frozen networks made of pictures and captions beforehand: its records, and batches of them.
 
+A picture has 2 N records, of msgpack: one of each view, then one of each different caption's text
+states, and empty ones as far as captions are fewer than views. A row of training thus reads its
+view and that view's caption, and a caption that views share is stored once.
+
 N views of a picture, M different captions among them, Q queries, D Q-Former width, T text states of
 width W; b rows of a batch on this host.
 """
@@ -7,6 +11,7 @@ width W; b rows of a batch on this host.
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from random import Random
 from typing import Any, NamedTuple
 
 import msgpack
@@ -23,10 +28,11 @@ from seed_jax.data.batches import (
     UnreadablePicture,
     shuffled,
 )
+from seed_jax.data.mixture import Mixture, split_paths
 from seed_jax.data.pipeline import Drawing
 from seed_jax.data.sources import ArrayRecordSource
 
-FORMAT = "seed_jax.tokenize --features 1"
+FORMAT = "seed_jax.tokenize --features 2"
 SUFFIX = ".array_record"
 
 
@@ -54,7 +60,7 @@ class Settings:
 
 
 class Features(NamedTuple):
-    """A picture's; on disk a msgpack map of the same names, arrays as bytes.
+    """All that is made of a picture.
 
     Attributes:
       id: the picture's.
@@ -68,9 +74,21 @@ class Features(NamedTuple):
     states: np.ndarray
     caption: Sequence[int]
 
-    def pack(self) -> bytes:
-        arrays = {"causal": self.causal.tobytes(), "states": self.states.tobytes()}
-        return msgpack.packb({"id": self.id, **arrays, "caption": list(self.caption)})
+    def rows(self) -> Iterator[bytes]:
+        """The records on disk."""
+        for causal, caption in zip(self.causal, self.caption, strict=True):
+            view = {"id": self.id, "causal": causal.tobytes(), "caption": caption}
+            yield msgpack.packb(view)
+        for states in self.states:
+            yield msgpack.packb({"states": states.tobytes()})
+        yield from [msgpack.packb({})] * (len(self.causal) - len(self.states))
+
+
+class View(NamedTuple):
+    """What a row of training has: causal float16 [Q, D], states float16 [T, W]."""
+
+    causal: np.ndarray
+    states: np.ndarray
 
 
 def read_settings(folder: str | Path) -> Settings:
@@ -92,7 +110,7 @@ def read_settings(folder: str | Path) -> Settings:
 
 
 class FeatureSource:
-    """The features in a folder, by number; can be pickled."""
+    """The pictures of a folder of features, by number; can be pickled."""
 
     def __init__(self, folder: str | Path):
         """Raises a UserError if the folder is no finished, whole one of features."""
@@ -102,26 +120,38 @@ class FeatureSource:
         self._records = ArrayRecordSource(files, path=self.path)
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self._records) // (2 * self.settings.views)
 
-    def __getitem__(self, index: int) -> Features:
-        """The arrays are views of what was read, not copies."""
-        record: Any = self._records[index]
-        causal = np.frombuffer(record["causal"], np.float16)
-        states = np.frombuffer(record["states"], np.float16)
-        return Features(
-            record["id"],
-            causal.reshape(self.settings.views, *self.settings.causal),
-            states.reshape(-1, *self.settings.states),
-            record["caption"],
-        )
+    def view(self, index: int, view: int) -> View:
+        """One of a picture's. The arrays are views of what was read, not copies."""
+        views = self.settings.views
+        first = index * 2 * views
+        seen: Any = self._records[first + view]
+        said: Any = self._records[first + views + seen["caption"]]
+        causal = np.frombuffer(seen["causal"], np.float16)
+        states = np.frombuffer(said["states"], np.float16)
+        return View(causal.reshape(self.settings.causal), states.reshape(self.settings.states))
 
     def name(self, index: int) -> str:
-        return self._records.name(index)
+        return self._records.name(index * 2 * self.settings.views)
+
+
+def folders(data: ConfigDict) -> list[str]:
+    """Those that `data.features` names, split by commas; none where training is from pictures."""
+    return split_paths(data.features) if data.get("features") else []
+
+
+def open_training_set(data: ConfigDict) -> Mixture[FeatureSource]:
+    """The features in `folders(data)`, mixed by `data.weights`.
+
+    Raises:
+      UserError: as `FeatureSource` and `Mixture`.
+    """
+    return Mixture([FeatureSource(folder) for folder in folders(data)], data.weights)
 
 
 def train_pipeline(
-    source: FeatureSource,
+    source: Mixture[FeatureSource],
     *,
     batch_size: int,
     data: ConfigDict,
@@ -135,8 +165,8 @@ def train_pipeline(
     view a row takes comes from the row's own generator.
     """
     return shuffled(
-        _Readable(source),
-        _Join(source.settings),
+        _Views(source),
+        _Join(source.sets[0].settings),
         batch_size=batch_size,
         data=data,
         seed=seed,
@@ -156,17 +186,22 @@ def train_shapes(
     }
 
 
-class _Readable:
-    def __init__(self, source: FeatureSource):
+class _Views:
+    """Of each picture, one view."""
+
+    def __init__(self, source: Mixture[FeatureSource]):
         self.source = source
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> Features:
+    def draw(self, index: int, rng: Random) -> View:
+        number, place = self.source.locate(index)
+        features = self.source.sets[number]
+        view = rng.randrange(features.settings.views)
         # Damage shows in many ways.
         try:
-            return self.source[index]
+            return features.view(place, view)
         except Exception as error:
             raise UnreadablePicture(f"{self.source.name(index)} ({first_line(error)})") from None
 
@@ -175,12 +210,11 @@ class _Join:
     def __init__(self, settings: Settings):
         self._settings = settings
 
-    def __call__(self, rows: Iterator[Row[Features]], count: int, number: int) -> Batch:
+    def __call__(self, rows: Iterator[Row[View]], count: int, number: int) -> Batch:
         shapes = train_shapes(self._settings, count)
         batch = {name: np.empty(shape, dtype) for name, (shape, dtype) in shapes.items()}
-        for place, (index, features, rng) in enumerate(rows):
-            view = rng.randrange(len(features.causal))
+        for place, (index, view, _) in enumerate(rows):
             batch["index"][place] = index
-            batch["causal"][place] = features.causal[view]
-            batch["states"][place] = features.states[features.caption[view]]
+            batch["causal"][place] = view.causal
+            batch["states"][place] = view.states
         return batch

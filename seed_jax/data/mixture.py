@@ -9,7 +9,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import grain
 from ml_collections import ConfigDict
@@ -20,11 +20,13 @@ from seed_jax.data.sources import Record, Records, Source, open_source
 # Grain rounds weights to whole hundredths of the smallest: done here, it is known what they became.
 HUNDREDTHS = 100
 
+S = TypeVar("S", bound=Records)
 
-class Mixture:
-    """The records of several sets as one source; each says in "set" which one it is from."""
 
-    def __init__(self, sets: Sequence[Source], weights: Sequence[float] = ()):
+class Mixture(Generic[S]):
+    """Several sets as one."""
+
+    def __init__(self, sets: Sequence[S], weights: Sequence[float] = ()):
         """`weights` tell how many rows of training come from each set; none: as many as it has.
 
         Raises:
@@ -35,8 +37,8 @@ class Mixture:
         self._ends = list(accumulate(map(len, sets)))
         if weights and len(weights) != len(sets):
             raise UserError(
-                f"config.data.weights has {len(weights)} numbers, but config.data.path names "
-                f"{len(sets)} sets ({self.path}); give a number for each, or () to mix by size"
+                f"config.data.weights has {len(weights)} numbers for {len(sets)} sets of training "
+                f"data ({self.path}); give a number for each, or () to mix by size"
             )
         if not all(isinstance(w, int | float) and 0 < w < math.inf for w in weights):
             raise UserError(
@@ -56,13 +58,17 @@ class Mixture:
     def __len__(self) -> int:
         return self._ends[-1]
 
-    def __getitem__(self, index: int) -> Record:
-        number, place = self.locate(index)
-        return {**self.sets[number][place], "set": number}
-
     def name(self, index: int) -> str:
         number, place = self.locate(index)
         return f"{self.sets[number].name(place)} of {self.sets[number].path}"
+
+
+class PictureMixture(Mixture[Source]):
+    """A source of several; each record says in "set" which one it is from."""
+
+    def __getitem__(self, index: int) -> Record:
+        number, place = self.locate(index)
+        return {**self.sets[number][place], "set": number}
 
 
 class MixedSet(NamedTuple):
@@ -74,7 +80,7 @@ class MixedSet(NamedTuple):
 
 
 def open_training_set(data: ConfigDict) -> Source:
-    """The set that `path` names, or a `Mixture` of those it names, split by commas.
+    """The set that `path` names, or a mixture of those it names, split by commas.
 
     Args:
       data: path, split (applies to each set) and weights, as in the configs.
@@ -83,7 +89,7 @@ def open_training_set(data: ConfigDict) -> Source:
       UserError: as `open_source` and `Mixture`.
     """
     sets = [open_source(path, data.split) for path in split_paths(data.path)]
-    mixture = Mixture(sets, data.weights)
+    mixture = PictureMixture(sets, data.weights)
     return mixture if len(sets) > 1 else sets[0]
 
 

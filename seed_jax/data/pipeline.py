@@ -202,6 +202,9 @@ class _Pictures:
             raise UnreadablePicture(found)
         return found
 
+    def draw(self, index: int, rng: Random) -> tuple[Image.Image, Record]:
+        return self[index]  # whole, since it may be kept
+
     def _read(self, index: int) -> tuple[Image.Image, Record] | str:
         # What broken files make decoders raise has no common base.
         try:

@@ -88,8 +88,7 @@ def stand_in(config: ConfigDict, recipe: Path, folder: Path) -> list[str]:
         described = {"model_type": "clip_text_model", **TEXT_ENCODER}
         (path / "text_encoder/config.json").write_text(json.dumps(described))
         put("teacher", path, "the sizes of Stable Diffusion 1.x's text encoder")
-    features_folder = config.data.get("features")
-    if features_folder and not Path(features_folder).is_dir():
+    if not all(Path(made).is_dir() for made in features.folders(config.data)):
         qformer = model_dir.load_config(config.init, causal_qformer.KIND, EncoderConfig).qformer
         text = teacher.load_config(config.teacher)
         made = features.Settings(

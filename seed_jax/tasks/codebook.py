@@ -91,14 +91,14 @@ class Codebook:
                 f"config.model.generation.queries is {self.sizes.generation.queries}, but the "
                 f"teacher has {length} text states"
             )
-        self.features = self._open_features() if config.data.features else None
+        self.features = [self._open(folder) for folder in features.folders(config.data)]
         self.text_tokenizer = load_tokenizer(str(Path(config.init) / "text_tokenizer"))
         folder, subfolder = teacher.locate(config.teacher, "tokenizer")
         self.prompt_tokenizer = load_tokenizer(folder, subfolder=subfolder)
 
-    def _open_features(self) -> features.Settings:
-        """What `config.data.features` holds, if it is of use here."""
-        config, folder = self.config, self.config.data.features
+    def _open(self, folder: str) -> features.Settings:
+        """What a folder of features says of itself, if they are of use here."""
+        config = self.config
         found = features.read_settings(folder)
         if config.remember:
             raise UserError(
@@ -158,12 +158,10 @@ class Codebook:
 
     def prepare(self, model: TeachedTokenizer, batches: Iterator[Batch]) -> None:
         encoder, config = model.tokenizer.encoder, self.config
-        model_dir.load_into(
-            encoder, config.init, causal_qformer.KIND, all_of_it=self.features is None
-        )
-        if self.features and self.features.teacher != clip_weights.text_encoder_hash(
-            config.teacher
-        ):
+        model_dir.load_into(encoder, config.init, causal_qformer.KIND, all_of_it=not self.features)
+        if self.features and {found.teacher for found in self.features} != {
+            clip_weights.text_encoder_hash(config.teacher)
+        }:
             raise UserError(
                 f"{config.data.features} holds text states of another text encoder than "
                 f"config.teacher={config.teacher!r}; name that, or make them again by "
