@@ -153,7 +153,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=inference.positive,
         default=0,
         metavar="N",
-        help="draw or write about so many pictures, spread evenly over the data (default: all)",
+        help="draw or write about so many pictures, spread evenly over the data (default: all, or "
+        f"{DEMONSTRATION['limit']} of 'embedded' with --suite all)",
     )
     parser.add_argument(
         "--captions",

@@ -101,7 +101,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--image", type=Path, metavar="FILE", help="picture to write about")
-    what.add_argument("--draw", metavar="TEXT", help="what to draw; prints the codes")
+    what.add_argument(
+        "--draw", metavar="TEXT", help="what to draw; prints the codes, or draws them with --output"
+    )
     parser.add_argument(
         "--question", metavar="TEXT", help="about the picture; else it is captioned"
     )

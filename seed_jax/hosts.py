@@ -86,7 +86,7 @@ def share(index: int | None, count: int | None, environ: Mapping[str, str]) -> t
 
     Each comes from, in this order: the argument, unless it is None; JAX_NUM_PROCESSES and
     JAX_PROCESS_ID; JOB_COMPLETION_INDEX; SLURM's variables; those of GKE's TPU slices. Where
-    nothing says how many there are, this one does it all.
+    nothing says how many there are or which this is, it does it all.
 
     Raises:
       UserError: one of the two is lacking, or they can't be.
@@ -97,7 +97,7 @@ def share(index: int | None, count: int | None, environ: Mapping[str, str]) -> t
     if total is None and len(workers) > 1:
         total = len(workers)
         number = environ.get("TPU_WORKER_ID") if number is None else number
-    if total is None and index is None:
+    if total is None and number is None:
         return 0, 1
     if total is None or number is None:
         lacking = "num_processes" if total is None else "process_id"

@@ -146,8 +146,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--num_processes",
         type=int,
         metavar="N",
-        help="how many processes share the pass; under SLURM, in a JobSet and on GKE's TPU slices "
-        "the environment says so",
+        help="how many processes share the pass; under SLURM and on GKE's TPU slices the "
+        "environment says so",
     )
     parser.add_argument(
         "--process-id", "--process_id", type=int, metavar="I", help="which of them this is, from 0"

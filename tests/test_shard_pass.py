@@ -243,7 +243,6 @@ def test_a_full_disk_is_told_and_leaves_no_part_behind(pictures, tmp_path):
         (None, None, {"JAX_NUM_PROCESSES": "9", "JOB_COMPLETION_INDEX": "8"}, (8, 9)),
         (None, None, {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3"}, (3, 4)),
         (None, None, {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, (0, 1)),
-        (None, None, {"JOB_COMPLETION_INDEX": "3"}, (0, 1)),
         (None, None, {"TPU_WORKER_HOSTNAMES": "a,b,c", "TPU_WORKER_ID": "1"}, (1, 3)),
     ],
 )
@@ -252,16 +251,17 @@ def test_which_share_is_a_processs_own(index, count, environ, expected):
 
 
 @pytest.mark.parametrize(
-    ("index", "count", "message"),
+    ("index", "count", "environ", "message"),
     [
-        (None, 4, "--process_id must be given too"),
-        (1, None, "--num_processes must be given too"),
-        (4, 4, "--process_id=4 must be from 0 to 3"),
+        (None, 4, {}, "--process_id must be given too"),
+        (1, None, {}, "--num_processes must be given too"),
+        (None, None, {"JOB_COMPLETION_INDEX": "0"}, "--num_processes must be given too"),
+        (4, 4, {}, "--process_id=4 must be from 0 to 3"),
     ],
 )
-def test_shares_that_cannot_be(index, count, message):
+def test_shares_that_cannot_be(index, count, environ, message):
     with pytest.raises(UserError, match=message):
-        hosts.share(index, count, {})
+        hosts.share(index, count, environ)
 
 
 if __name__ == "__main__":
