@@ -43,7 +43,8 @@ def main() -> None:
         seed=config.seed,
         put=partial(sharding.put_batch, mesh=mesh),
     )
-    graphdef, current, shardings, tx = state.create(task, config, mesh)
+    graphdef, init, shardings, tx = state.lazily(task, config, mesh)
+    current = init()
     step = state.make_train_step(task, graphdef, tx, config, shardings)
 
     def run(count: int) -> None:

@@ -157,9 +157,8 @@ class Run:
         self._mesh = sharding.make_mesh({"data": -1})
         task = Codebook(config)
         _, self._data = open_data(config, task, self._mesh)
-        graphdef, init, tx = state.lazily(task, config)
+        graphdef, init, shardings, tx = state.lazily(task, config, self._mesh)
         shapes = jax.eval_shape(init)
-        shardings = sharding.tree_shardings(shapes, self._mesh)
         rng = np.random.default_rng(0)
 
         # To run the initialisers takes longer, and twice the memory.
@@ -184,8 +183,7 @@ class Run:
     def step(self) -> tuple[float, float]:
         """Seconds, and processor seconds of all threads, of reading a batch and a step on it."""
         began = time.perf_counter(), time.process_time()
-        batch = sharding.put_batch(next(self._data), self._mesh)
-        self._state, metrics = self._step(self._state, batch)
+        self._state, metrics = self._step(self._state, next(self._data))
         float(metrics["loss"])
         return time.perf_counter() - began[0], time.process_time() - began[1]
 

@@ -134,7 +134,7 @@ def training() -> Callable[[], Any]:
         def loss(adapters: nnx.State) -> jax.Array:
             ones = jnp.ones_like(ids)
             logits = nnx.merge(graphdef, adapters, rest)(ids, ones)
-            return losses.next_token(logits, ids, ones > 0)
+            return losses.each_token(logits, ids).mean()
 
         updates, opt_state = tx.update(jax.grad(loss)(adapters), opt_state, adapters)
         return optax.apply_updates(adapters, updates), opt_state

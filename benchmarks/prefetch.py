@@ -43,7 +43,8 @@ def main() -> None:
             put=put if ahead else None,
         )
 
-    graphdef, current, shardings, tx = state.create(task, config, mesh)
+    graphdef, init, shardings, tx = state.lazily(task, config, mesh)
+    current = init()
     step = state.make_train_step(task, graphdef, tx, config, shardings)
 
     def run(ahead: bool) -> tuple[float, float]:

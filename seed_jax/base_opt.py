@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import jax
+
 from seed_jax import model_dir
 from seed_jax.cli import UserError
 from seed_jax.interop import opt_weights
@@ -29,15 +31,16 @@ def tokenizer_folder(path: str | Path) -> Path:
     return Path(path) / "text_tokenizer" if _is_model_dir(path) else Path(path)
 
 
-def load(path: str | Path, *, compute: Compute) -> OPT:
-    """The model, stored in the compute type.
+def load(path: str | Path, *, compute: Compute, device: jax.Device | None = None) -> OPT:
+    """The model, stored in the compute type, on a device; None is the first.
 
     Raises:
       UserError: see `read_config`; or weights are missing, damaged or of another shape.
     """
     if not _is_model_dir(path):
-        return opt_weights.load(path, compute=compute)
-    return model_dir.load(path, KIND, OPTConfig, OPT, compute, stored=compute.dtype)
+        with jax.default_device(device):
+            return opt_weights.load(path, compute=compute)
+    return model_dir.load(path, KIND, OPTConfig, OPT, compute, stored=compute.dtype, device=device)
 
 
 def _is_model_dir(path: str | Path) -> bool:

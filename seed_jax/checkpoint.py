@@ -82,7 +82,7 @@ class Checkpoints:
           None if there are no checkpoints.
 
         Raises:
-          UserError: there are some, but none can be read.
+          UserError: there are some, but none can be read, or the devices have no room for it.
         """
         target = jax.tree.map(
             lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, shardings
@@ -95,6 +95,11 @@ class Checkpoints:
                 found, problem = self._read(step, target), ""
             except Exception as error:  # what damaged files make orbax raise has no common base
                 problem = first_line(error)
+                if "RESOURCE_EXHAUSTED" in str(error):
+                    raise UserError(
+                        f"{self._folder / str(step)} needs more memory than the devices have "
+                        f"({problem}); take more of them, or more of config.mesh.fsdp"
+                    ) from error
             # A host reads its own part, and all have to go on from the same step.
             problem = next(filter(None, hosts.gather(problem)), "")
             if not problem:

@@ -67,7 +67,12 @@ def add_arguments(
         help="how far to go beyond what would be drawn from nothing; 1 for no guidance "
         f"({GUIDANCE_SCALE:g}, and {PACKAGED_GUIDANCE_SCALE:g} for the packaged model)",
     )
-    group.add_argument("--precision", choices=PRECISIONS, default="float32", help="of the U-Net")
+    group.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="float32",
+        help="of the U-Net, and of a language model (float32)",
+    )
 
 
 def usual_guidance_scale(diffusion: str) -> float:

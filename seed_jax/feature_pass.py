@@ -21,7 +21,7 @@ from seed_jax.cli import UserError
 from seed_jax.data import pipeline
 from seed_jax.data.features import FORMAT, SUFFIX, Features, Settings
 from seed_jax.data.pipeline import Drawing
-from seed_jax.data.sources import Part, Source, open_source, write_rows
+from seed_jax.data.sources import Part, Source, check_name, open_source, write_rows
 from seed_jax.data.text import TextField, load_tokenizer
 from seed_jax.interop import clip_weights
 from seed_jax.models import teacher
@@ -137,10 +137,11 @@ def of_pictures(
     """The features of the pictures in a batch of `pipeline.view_batches`.
 
     Raises:
-      UserError: a number is not finite.
+      UserError: a number is not finite, or a picture's name not UTF-8.
     """
     for row in np.flatnonzero(batch["valid"]):
         name = source.name(shard.numbers[int(batch["index"][row])])
+        check_name(name)
         part = slice(row * views, (row + 1) * views)
         _, first, caption = np.unique(
             batch["prompt"][part], axis=0, return_index=True, return_inverse=True

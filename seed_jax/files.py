@@ -1,12 +1,15 @@
-"""Files and folders that are there whole or not at all, and telling whether they still are."""
+"""Files and folders, there whole or not at all; whether they still are, or found no room."""
 
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def partial_of(file: Path) -> Path:
@@ -49,7 +52,11 @@ def replaced_when_whole(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    yield partial
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     if path.exists():
         old = path.with_name(f".{path.name}.old")
         shutil.rmtree(old, ignore_errors=True)
@@ -74,3 +81,14 @@ def wrong_sizes(folder: Path, listed: dict[str, int]) -> Iterator[str]:
             yield f"{file} is missing"
         elif file.stat().st_size != size:
             yield f"{file} has {file.stat().st_size} bytes where {size} were written"
+
+
+def lack_of_room(error: BaseException | None) -> str | None:
+    """Says in the system's words that the disk is full, if that is what lies behind an error."""
+    while error is not None:
+        for number in NO_ROOM:
+            # What writes checkpoints raises errors of its own that quote the system's.
+            if getattr(error, "errno", None) == number or os.strerror(number) in str(error):
+                return os.strerror(number)
+        error = error.__cause__ or error.__context__
+    return None

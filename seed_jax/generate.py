@@ -13,8 +13,11 @@ from PIL import Image
 from seed_jax import cli, drawing, inference, seed_opt
 from seed_jax.cli import UserError
 from seed_jax.data.sequences import CAPTION_PROMPT, QUESTION_PROMPT
+from seed_jax.data.sources import PICTURE_SUFFIXES
 from seed_jax.models.generation import Decoding
+from seed_jax.models.layers import Compute
 from seed_jax.seed_opt import SeedOPT
+from seed_jax.tasks import PRECISIONS
 
 
 def generate(args: argparse.Namespace) -> None:
@@ -29,7 +32,7 @@ def generate(args: argparse.Namespace) -> None:
         raise UserError("--question is empty; ask something about the picture")
     if args.image is not None and not args.image.is_file():
         raise UserError(f"{args.image}: no such file; name a picture")
-    model = SeedOPT.from_pretrained(args.model)
+    model = SeedOPT.from_pretrained(args.model, compute=Compute(PRECISIONS[args.precision]))
     result = draw(model, args) if args.draw is not None else describe(model, args)
     if args.json:
         print(json.dumps(result))
@@ -91,6 +94,21 @@ def decoding_of(args: argparse.Namespace, default: Decoding) -> Decoding:
     return dataclasses.replace(default, **chosen)
 
 
+def picture_file(text: str) -> Path:
+    """The type of an argument that names a picture to write."""
+    path = inference.output_file(text)
+    if path.suffix.lower() not in PICTURE_SUFFIXES:
+        raise argparse.ArgumentTypeError(f"{path} is no picture's name; give it a .png at its end")
+    return path
+
+
+def probability(text: str) -> float:
+    """The type of an argument that is a probability above 0."""
+    if not 0 < (value := float(text)) <= 1:
+        raise argparse.ArgumentTypeError("must be above 0 and at most 1")
+    return value
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m seed_jax.generate",
@@ -109,7 +127,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument(
         "--output",
-        type=inference.output_file,
+        type=picture_file,
         metavar="FILE.png",
         help="with --draw: also draw the codes, by diffusion",
     )
@@ -132,7 +150,9 @@ def main(argv: list[str] | None = None) -> None:
     writing.add_argument(
         "--top-k", type=inference.positive, metavar="N", help="sample among N tokens"
     )
-    writing.add_argument("--top-p", type=float, metavar="X", help="sample among this probability")
+    writing.add_argument(
+        "--top-p", type=probability, metavar="X", help="sample among this probability"
+    )
     writing.add_argument(
         "--repetition-penalty", type=float, metavar="X", help="above 1: words repeat less (1)"
     )

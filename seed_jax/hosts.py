@@ -193,14 +193,18 @@ def gather(text: str) -> list[str]:
     if client is None:
         return [text]
     # By the coordinator and not by devices, so that it works whatever these are busy with.
-    folder = f"seed_jax/gather/{next(_rounds)}"
-    client.key_value_set(f"{folder}/{jax.process_index()}", SAID + text)
+    number, own = next(_rounds), jax.process_index()
+    folder = f"seed_jax/gather/{number}"
+    client.key_value_set(f"{folder}/{own}", SAID + text)
     said = [
         client.blocking_key_value_get(f"{folder}/{index}", ANSWER_SECONDS * 1000)
         for index in range(jax.process_count())
     ]
     if FAILED in said:
         _leave("error: another process failed", 2)
+    # All are in this round, and so have read what was said in the one before.
+    if number:
+        client.key_value_delete(f"seed_jax/gather/{number - 1}/{own}")
     return [text.removeprefix(SAID) for text in said]
 
 

@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from seed_jax import model_dir, sharding
-from seed_jax.cli import UserError
+from seed_jax.cli import UserError, few
 from seed_jax.data import pipeline
 from seed_jax.data.sources import Record, Source
 from seed_jax.data.text import TextField, choose_caption, load_tokenizer
@@ -28,7 +28,6 @@ from seed_jax.models.tokenizer import CausalEncoder, EncoderConfig, SeedTokenize
 from seed_jax.pieces import KEEPS_NOTHING, Arrays, Pieces, join
 from seed_jax.tasks import causal_qformer
 
-NAMED_IN_ERROR = 3
 # Batches to a piece.
 BLOCK = 16
 
@@ -132,6 +131,8 @@ def embed(
     picture_of_caption: list[int] = []
     for row, index in enumerate(index_P):
         own = captions_of(source[int(index)], max_tags)
+        if not own:
+            raise UserError(f"{source.path}: {source.name(int(index))} has no caption")
         captions += own
         picture_of_caption += [row] * len(own)
     field = TextField(load_tokenizer(str(Path(path) / "text_tokenizer")), config.text_length)
@@ -266,9 +267,8 @@ def report_unreadable(names: list[str]) -> None:
 def check_unreadable(names: Sequence[str], path: str, total: int, share: float) -> None:
     """Raises a UserError if more than a share of the `total` pictures of `path` can't be read."""
     if len(names) > share * total:
-        shown = ", ".join(names[:NAMED_IN_ERROR]) + (", …" if names[NAMED_IN_ERROR:] else "")
         raise UserError(
-            f"{path}: {len(names)} of {total} pictures can't be read: {shown}; mend or remove "
+            f"{path}: {len(names)} of {total} pictures can't be read: {few(names)}; mend or remove "
             f"them, or allow more than --max-unreadable={share:g}"
         )
 

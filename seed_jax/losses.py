@@ -80,15 +80,6 @@ def mean_squared_error(prediction: Array, target: Array) -> Array:
     return jnp.mean((prediction.astype(jnp.float32) - target) ** 2)
 
 
-def next_token(logits_BTV: Array, ids_BT: Array, target_BT: Array) -> Array:
-    """Mean cross-entropy of the tokens marked as targets, each predicted at the place before it.
-
-    Args:
-      target_BT: bool; the first of a row has no place before it and doesn't count.
-    """
-    return mean_where(each_token(logits_BTV, ids_BT), target_BT[:, 1:])
-
-
 def each_token(logits_BTV: Array, ids_BT: Array) -> Array:
     """Cross-entropy of every token but a row's first, given those before it, [B, T - 1]."""
     return optax.softmax_cross_entropy_with_integer_labels(

@@ -31,7 +31,7 @@ class MetricsWriter:
         path = workdir / METRICS
         _drop_after(path, start)
         self._file: TextIO = path.open("a")
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start)
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
         self._bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True)
 
     def advance(self) -> None:

@@ -118,12 +118,14 @@ def load(
     compute: Compute,
     *,
     stored: Any = None,
+    device: jax.Device | None = None,
 ) -> M:
-    """Builds the module that a directory describes, with its parameters on the first device.
+    """Builds the module that a directory describes, with its parameters on one device.
 
     Args:
       stored: the type that holds the parameters but `exact` ones; None: the one that the module
         makes them in.
+      device: None: the first.
 
     Raises:
       UserError: see `load_config`; or the parameters do not fit the config.
@@ -131,12 +133,12 @@ def load(
     config = load_config(path, kind, config_class)
     abstract = nnx.eval_shape(lambda: module_class(config, compute=compute, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(abstract)
-    device = SingleDeviceSharding(jax.local_devices()[0])
+    sharding = SingleDeviceSharding(device or jax.local_devices()[0])
     target = {
         _name(path): jax.ShapeDtypeStruct(
             param.shape,
             stored if stored and not param.get_metadata().get("exact") else param.dtype,
-            sharding=device,
+            sharding=sharding,
         )
         for path, param in nnx.to_flat_state(state)
     }

@@ -64,18 +64,18 @@ class LossScale:
     grown: jax.Array
 
     GROW_AFTER = 2000
-    LARGEST = 2.0**24
+    SMALLEST, LARGEST = 1.0, 2.0**24
 
     @classmethod
     def start(cls, precision: str) -> "LossScale":
         """65536 for float16; 1, for good, for the types that need no scaling."""
-        value = 2.0**16 if precision == "float16" else 1.0
+        value = 2.0**16 if precision == "float16" else cls.SMALLEST
         return cls(jnp.float32(value), jnp.int32(0), jnp.int32(0), jnp.int32(0))
 
     def update(self, finite: jax.Array) -> "LossScale":
         """Halves after an overflow, doubles after `GROW_AFTER` finite steps."""
         grow = finite & (self.good_steps + 1 >= self.GROW_AFTER)
-        value = jnp.where(finite, self.value, jnp.maximum(self.value / 2, 1.0))
+        value = jnp.where(finite, self.value, jnp.maximum(self.value / 2, self.SMALLEST))
         value = jnp.where(grow, jnp.minimum(value * 2, self.LARGEST), value)
         good_steps = jnp.where(finite & ~grow, self.good_steps + 1, 0)
         return LossScale(value, good_steps, self.skipped + ~finite, self.grown + grow)

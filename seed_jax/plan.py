@@ -133,11 +133,11 @@ def compiled(config: ConfigDict, topology: Topology, mesh: Mesh) -> tuple[Memory
 def abstract_step(config: ConfigDict, mesh: Mesh) -> tuple[jax.stages.Wrapped, Any, Any]:
     """The training step, and the shapes and shardings of the state and the batch it takes."""
     task = find_task(config)(config)
-    graphdef, init, tx = state.lazily(task, config)
-    shapes = jax.eval_shape(init)
-    shardings = sharding.tree_shardings(shapes, mesh)
+    graphdef, init, shardings, tx = state.lazily(task, config, mesh)
     current = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        jax.eval_shape(init),
+        shardings,
     )
     split, rows = sharding.batch_sharding(mesh), config.batch_size
     if folders := features.folders(config.data):

@@ -34,10 +34,11 @@ from seed_jax.data.inputs import open_parts
 from seed_jax.data.parts import NO_CAPTION, Damaged, Dropped, Part
 from seed_jax.data.prepared import FORMAT, REPORT, read_report
 from seed_jax.data.sources import Record, write_array_record
-from seed_jax.files import replace_text
-from seed_jax.workdir import LOCK, lack_of_room, locked, shard_not_written
+from seed_jax.files import lack_of_room, replace_text
+from seed_jax.workdir import LOCK, locked, shard_not_written
 
 UNREADABLE, TOO_SMALL, OTHER_SPLIT = "unreadable", "too small", "other split"
+NOT_UTF8 = "name not UTF-8"
 DAMAGED = ("stop", "keep", "skip")
 DROPPED = "dropped.jsonl"
 # An entry for each finished shard, from which the report is made.
@@ -133,6 +134,10 @@ def _checked(found: Record | Dropped, options: Options) -> Record | Dropped:
         return Dropped(found["id"], OTHER_SPLIT, str(found.get("split")))
     if not found["captions"]:
         return Dropped(found["id"], NO_CAPTION)
+    try:
+        found["id"].encode()
+    except UnicodeEncodeError:
+        return Dropped(found["id"], NOT_UTF8)
     try:
         width, height = transforms.decode(found["image"]).size
     except Exception as error:

@@ -41,8 +41,8 @@ from seed_jax import hosts, inference
 from seed_jax.cli import UserError
 from seed_jax.data.prepared import REPORT, read_report
 from seed_jax.data.sources import Source
-from seed_jax.files import claim_text, partial_of, replace_text
-from seed_jax.workdir import lack_of_room, shard_not_written
+from seed_jax.files import claim_text, lack_of_room, partial_of, replace_text
+from seed_jax.workdir import shard_not_written
 
 ENTRIES = ".shards"
 # Enough names to tell one source from another; to read all would be to read all pictures.

@@ -44,24 +44,15 @@ def trained_by(task: Task) -> Callable[[tuple, Any], bool]:
     return lambda path, value: isinstance(value, nnx.Param) and task.trains(path)
 
 
-def create(
+def lazily(
     task: Task, config: ConfigDict, mesh: Mesh
-) -> tuple[nnx.GraphDef, TrainState, TrainState, optax.GradientTransformation]:
-    """Builds the task's model and its training state, already sharded over the mesh.
+) -> tuple[nnx.GraphDef, Callable[[], TrainState], TrainState, optax.GradientTransformation]:
+    """The task's model and its training state, before there is any of it.
 
     Returns:
-      The graph definition, the state, its shardings (a state of `NamedSharding`s), the optimizer.
+      The graph definition; what makes the first state, already sharded over the mesh, or under
+      `jax.eval_shape` its shapes; its shardings (a state of `NamedSharding`s); the optimizer.
     """
-    graphdef, init, tx = lazily(task, config)
-    shardings = sharding.tree_shardings(jax.eval_shape(init), mesh)
-    state = jax.jit(init, out_shardings=shardings)()
-    return graphdef, state, shardings, tx
-
-
-def lazily(
-    task: Task, config: ConfigDict
-) -> tuple[nnx.GraphDef, Callable[[], TrainState], optax.GradientTransformation]:
-    """The graph definition, what makes the first state or its shapes, and the optimizer."""
     tx = optim.make_optimizer(config.optimizer, config.steps)
 
     def build() -> nnx.Module:
@@ -70,7 +61,9 @@ def lazily(
     def init() -> TrainState:
         return initial(task, config, tx, build())
 
-    return nnx.graphdef(nnx.eval_shape(build)), init, tx
+    shardings = sharding.tree_shardings(jax.eval_shape(init), mesh)
+    graphdef = nnx.graphdef(nnx.eval_shape(build))
+    return graphdef, jax.jit(init, out_shardings=shardings), shardings, tx
 
 
 def initial(

@@ -21,7 +21,7 @@ from seed_jax import cli, inference, model_dir, shard_pass
 from seed_jax.cli import UserError
 from seed_jax.data import codes, pipeline
 from seed_jax.data.codes import Codes
-from seed_jax.data.sources import PICTURE_SUFFIXES, Part, Record, Source, open_source
+from seed_jax.data.sources import PICTURE_SUFFIXES, Part, Record, Source, open_source, read_text
 from seed_jax.models.tokenizer import SeedTokenizer
 from seed_jax.tasks import PRECISIONS
 
@@ -73,7 +73,7 @@ def open_pictures(path: Path, split: str | None) -> Source:
     if not (path.is_file() and path.suffix == LIST_SUFFIX):
         return open_source(path, split, captions=False)
     names = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         if name := line.strip():
             if not (path.parent / name).is_file():
                 raise UserError(f"{path}:{number}: no such file below {path.parent}: {name}")

@@ -23,12 +23,13 @@ from ml_collections import ConfigDict, config_flags
 
 from seed_jax import cli, hosts, sharding, state
 from seed_jax.checkpoint import Checkpoints, give_back_room
-from seed_jax.cli import UserError
+from seed_jax.cli import UserError, few
 from seed_jax.data import features, mixture, pipeline
 from seed_jax.data.batches import PipelineIterator, state_of_host
 from seed_jax.data.sources import Records
-from seed_jax.files import replace_text
+from seed_jax.files import lack_of_room, replace_text
 from seed_jax.metrics import MetricsWriter
+from seed_jax.optim import LossScale
 from seed_jax.state import TrainStep
 from seed_jax.tasks import Task, picture_size
 from seed_jax.tasks.autoencoder import AutoencoderKL
@@ -38,7 +39,7 @@ from seed_jax.tasks.diffusion import Diffusion
 from seed_jax.tasks.language_model import LanguageModel
 from seed_jax.tasks.seed_opt import SeedOPTTraining
 from seed_jax.tasks.text_encoder import TextEncoder
-from seed_jax.workdir import held, lack_of_room
+from seed_jax.workdir import held
 
 TASKS: dict[str, type[Task]] = {
     "causal_qformer": CausalQFormer,
@@ -131,18 +132,18 @@ def train_on(
     workdir: Path,
 ) -> None:
     """Runs the steps that are left, and writes the model."""
-    graphdef, current, shardings, tx = state.create(task, config, mesh)
-    hosts.agree("built")  # as in `compiled_everywhere`
+    graphdef, init, shardings, tx = state.lazily(task, config, mesh)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)
 
     # Weights come from, in this order: 1. this workdir's newest checkpoint; 2. what the task starts
     # from (an earlier stage's model directory); 3. chance.
-    restored = checkpoints.restore(current, shardings)
+    restored = checkpoints.restore(jax.eval_shape(init), shardings)
     if restored is not None:
         start, current, states = restored
         data.set_state(state_of_host(states, jax.process_index(), jax.process_count()))
     else:
-        start = 0
+        start, current = 0, init()
+        hosts.agree("built")  # as in `compiled_everywhere`
         model = nnx.merge(graphdef, current.params, current.rest)
         first = data.get_state()
         task.prepare(model, data)
@@ -211,7 +212,10 @@ def compiled_everywhere(
 
 
 def check_batch(config: ConfigDict, mesh: Mesh) -> None:
-    """Raises a UserError if the mesh and the microbatches don't divide the batch."""
+    """Raises a UserError if a count is none, or mesh and microbatches don't divide the batch."""
+    for field in ("steps", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints"):
+        if config[field] < 1:
+            raise UserError(f"config.{field} is {config[field]}; it must be 1 or more")
     batch_size, accumulate = config.batch_size, config.accumulate
     # Pictures stay together whose captions are packed into one row.
     per_row = config.get("sequences", {}).get("per_row", 1)
@@ -240,9 +244,11 @@ def check_finite(
 ) -> None:
     """Raises a UserError that names the records of the batch if the step made no finite numbers.
 
-    In float16, gradients that are not finite are skipped and the loss scale mends them.
+    In float16, gradients that are not finite are skipped and the loss scale mends them, unless it
+    is as low as it goes.
     """
-    watched = ["loss"] if precision == "float16" else ["loss", "grad_norm"]
+    mended = precision == "float16" and metrics["loss_scale"] > LossScale.SMALLEST
+    watched = ["loss"] if mended else ["loss", "grad_norm"]
     values = {name: float(metrics[name]) for name in watched}
     wrong = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
     if not wrong:
@@ -251,10 +257,9 @@ def check_finite(
     file = workdir / f"not_finite_{step}.json"
     if hosts.is_first():
         replace_text(file, json.dumps({"step": step, "records": names}, indent=2) + "\n")
-    others = f" and {len(names) - 3} more, all in {file}" if names[3:] else ""
     raise UserError(
-        f"step {step}: {' and '.join(wrong)}, on the records {', '.join(names[:3])}{others}; look "
-        "at these, or lower config.optimizer.learning_rate"
+        f"step {step}: {' and '.join(wrong)}, on the records {few(names)}, all in {file}; look at "
+        "these, or lower config.optimizer.learning_rate"
     )
 
 

@@ -9,6 +9,7 @@ import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -25,9 +26,10 @@ FREE_TO_CHANGE = {
     "keep_checkpoints",
     "mesh",
     "accumulate",
+    "remat",
 }
-
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# The same of `config.data`, which is otherwise compared whole.
+FREE_OF_DATA = {"workers", "cache"}
 
 
 @contextlib.contextmanager
@@ -60,7 +62,10 @@ def held(workdir: Path, config: ConfigDict) -> Iterator[None]:
 @contextlib.contextmanager
 def locked(workdir: Path, option: str = "--workdir") -> Iterator[None]:
     """Holds WORKDIR/run.lock, which the system takes back when this process ends, however."""
-    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{option} {workdir}: {error.strerror}; name another folder") from None
     with (workdir / LOCK).open("a+") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -84,11 +89,9 @@ def _note(file: Path, wanted: str) -> None:
     # A first try that failed before it trained binds nobody.
     trained = any(file.parent.glob("checkpoints/*")) or (file.parent / METRICS).exists()
     if trained and file.exists():
-        there, new = json.loads(file.read_text()), json.loads(wanted)
+        there, new = (_binding(json.loads(text)) for text in (file.read_text(), wanted))
         differing = sorted(
-            name
-            for name in there.keys() | new.keys()
-            if name not in FREE_TO_CHANGE and there.get(name) != new.get(name)
+            name for name in there.keys() | new.keys() if there.get(name) != new.get(name)
         )
         if differing:
             raise UserError(
@@ -98,15 +101,11 @@ def _note(file: Path, wanted: str) -> None:
     files.replace_text(file, wanted)
 
 
-def lack_of_room(error: BaseException | None) -> str | None:
-    """Says in the system's words that the disk is full, if that is what lies behind an error."""
-    while error is not None:
-        for number in NO_ROOM:
-            # What writes checkpoints raises errors of its own that quote the system's.
-            if getattr(error, "errno", None) == number or os.strerror(number) in str(error):
-                return os.strerror(number)
-        error = error.__cause__ or error.__context__
-    return None
+def _binding(config: dict[str, Any]) -> dict[str, Any]:
+    """What of a config may not differ."""
+    kept = {name: value for name, value in config.items() if name not in FREE_TO_CHANGE}
+    data = config.get("data", {})
+    return kept | {"data": {name: data[name] for name in data.keys() - FREE_OF_DATA}}
 
 
 def shard_not_written(shard: Path, why: str) -> UserError:

@@ -188,6 +188,12 @@ def test_files_that_are_none(tmp_path):
         open_annotations(cut, tmp_path)
     with pytest.raises(UserError, match="no such file"):
         open_annotations(tmp_path / "none.json", tmp_path)
+    for name in ("none.tsv", "none.token"):
+        with pytest.raises(UserError, match="no such file"):
+            open_annotations(tmp_path / name, tmp_path)
+        (tmp_path / name).write_bytes(b"\xff\xfe")
+        with pytest.raises(UserError, match="not UTF-8 text"):
+            open_annotations(tmp_path / name, tmp_path)
     for content in ([], {}, {"images": []}, {"images": [3]}, {"images": [{}], "annotations": []}):
         with pytest.raises(UserError, match="no annotation file of a kind"):
             open_annotations(save(tmp_path / "other.json", content), tmp_path)

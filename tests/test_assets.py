@@ -211,7 +211,9 @@ def test_opt_tokenizer_is_opts_kind_and_loses_nothing(texts):
 def test_the_packaged_opt_is_small_and_prefers_its_captions_to_their_words_shuffled():
     assert sum(file.stat().st_size for file in TINY_OPT.iterdir()) < 5_000_000
     model, tokenizer = opt_weights.load(TINY_OPT), AutoTokenizer.from_pretrained(TINY_OPT)
-    score = jax.jit(lambda m, ids: losses.next_token(m(ids, ids != 1), ids, ids > 2))
+    score = jax.jit(
+        lambda m, ids: losses.mean_where(losses.each_token(m(ids, ids != 1), ids), ids[:, 1:] > 2)
+    )
 
     def loss(texts):
         rows = tokenizer(texts, padding="max_length", max_length=24)["input_ids"]

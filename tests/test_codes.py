@@ -220,6 +220,16 @@ def test_a_name_that_is_not_unicode(there, kind, tmp_path):
         tokenize(tmp_path, tmp_path / "out", f"--format={kind}")
 
 
+def test_lines_may_have_any_name(tmp_path):
+    line = {"image": "\udcff.png", "codes": [1, 2], "model": "0" * 64}
+    (tmp_path / "codes.jsonl").write_text(json.dumps(line) + "\n")
+    table = CodesTable(tmp_path / "codes.jsonl", "0" * 64, queries=2, size=4)
+    assert table["\udcff.png"] == [1, 2]
+    (tmp_path / "codes.jsonl").write_bytes(b"\xff\xfe\n")
+    with pytest.raises(UserError, match=r"codes\.jsonl:1 is no line of codes"):
+        CodesTable(tmp_path / "codes.jsonl", "0" * 64, queries=2, size=4)
+
+
 def test_formats_and_outputs_that_do_not_go_together(there, tmp_path):
     with pytest.raises(UserError, match=r"is a folder; name a file, or give --format array_rec"):
         tokenize(there, tmp_path)

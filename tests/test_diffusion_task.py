@@ -35,7 +35,8 @@ def test_each_record_is_remembered_at_its_own_place(tmp_path):
         seed=0,
         put=partial(sharding.put_batch, mesh=mesh),
     )
-    graphdef, current, _, _ = state.create(task, config, mesh)
+    graphdef, init, _, _ = state.lazily(task, config, mesh)
+    current = init()
     model = nnx.merge(graphdef, current.params, current.rest)
     task.prepare(model, batches)
     batches.close()

@@ -1,5 +1,6 @@
 """Retrieval figures, first by hand-made cases, then through the command line."""
 
+import argparse
 import json
 import tracemalloc
 from pathlib import Path
@@ -11,8 +12,11 @@ from PIL import Image
 
 from seed_jax import SeedTokenizer
 from seed_jax.cli import UserError
-from seed_jax.evaluate import main
-from seed_jax.evaluation import intervals, retrieval
+from seed_jax.data.sources import write_array_record
+from seed_jax.evaluate import add_arguments, main
+from seed_jax.evaluation import intervals, retrieval, tables
+from seed_jax.evaluation.suite import Evaluation
+from tests import pictures
 from tests.tiny import CODES, SIDE, save_tokenizer, text_tokenizer, write_pictures
 
 
@@ -98,6 +102,11 @@ def test_chance_counts_every_caption_of_a_picture():
     assert chance == pytest.approx((1 - misses + 0.5) / 2)
 
 
+def test_figures_that_there_are_none_of():
+    assert tables.figure(0.719, [0.706, None], percent=True) == "71.9"
+    assert tables.figure(None, [None, None]) == "–"
+
+
 def test_a_gallery_smaller_than_k_is_always_hit():
     assert retrieval.chance_recall(np.arange(4)) == 1.0
 
@@ -170,6 +179,34 @@ def test_an_unreadable_picture_takes_its_captions_with_it(model, tmp_path, capsy
     results = evaluate(model, folder, tmp_path / "results.json")
     assert (results["pictures"], results["captions"]) == (99, 150 - 2)
     assert "003.png" in capsys.readouterr().out
+
+
+def test_a_record_without_captions_is_named(model, tmp_path):
+    records = [
+        {
+            "id": f"p{number}",
+            "image": pictures.picture(number),
+            "captions": ["a cat"] * (number != 3),
+        }
+        for number in range(5)
+    ]
+    write_array_record(tmp_path / "pictures.array_record", records)
+    with pytest.raises(UserError, match=r"pictures\.array_record: p3 has no caption"):
+        evaluate(model, tmp_path / "pictures.array_record", tmp_path / "r.json")
+
+
+def test_work_that_other_devices_began_is_not_gone_on_with(model, tmp_path, monkeypatch):
+    arguments = ["--model", model, "--suite", "retrieval", "--data", "embedded"]
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    evaluation = Evaluation(parser.parse_args([*map(str, arguments)]), tmp_path)
+
+    def kept(value: int) -> int:
+        return int(evaluation.pieces("retrieval")("first", lambda: {"x": np.array(value)})["x"])
+
+    assert (kept(1), kept(2)) == (1, 1)
+    monkeypatch.setattr(jax, "local_device_count", lambda: 3)
+    assert kept(3) == 3
 
 
 def test_a_folder_without_captions_is_an_error_of_one_line(model, tmp_path):

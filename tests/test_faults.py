@@ -84,6 +84,20 @@ def test_checkpoints_that_are_all_damaged_are_not_taken_for_a_new_run(saved, tmp
     assert len(list(folder.iterdir())) == 3
 
 
+def test_a_checkpoint_that_finds_no_room_is_not_taken_for_damaged(saved, tmp_path, monkeypatch):
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(saved, folder)
+
+    def too_large(self, step, target):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes")
+
+    monkeypatch.setattr(Checkpoints, "_read", too_large)
+    with pytest.raises(UserError, match=r"checkpoints/3 needs more memory .*config\.mesh\.fsdp"):
+        restore(folder)
+    monkeypatch.undo()
+    assert_is(restore(folder), 3)
+
+
 def test_what_a_kill_left_half_written_is_no_checkpoint(saved, tmp_path):
     folder = tmp_path / "checkpoints"
     shutil.copytree(saved, folder)

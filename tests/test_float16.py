@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from seed_jax import sharding, state
+from seed_jax import sharding, state, train
 from seed_jax.checkpoint import Checkpoints
+from seed_jax.cli import UserError
+from seed_jax.data.sources import open_source
 from seed_jax.optim import LossScale
 from tests import stages
 
@@ -67,6 +69,21 @@ def test_an_overflow_is_skipped_and_a_restored_run_goes_on_bitwise(tmp_path):
     (current, metrics), (restored, again) = (step(s, batches[0]) for s in (current, restored))
     assert same(current, restored)
     assert same(metrics, again)
+
+
+def test_gradients_that_no_scale_mends_stop_the_run(tmp_path):
+    source, mesh = open_source("embedded"), sharding.make_mesh({"data": -1})
+    index_B = jax.device_put(np.arange(8), sharding.batch_sharding(mesh))
+
+    def look_at(scale: float, grad_norm: float) -> None:
+        named = {"loss": 1.0, "grad_norm": grad_norm, "loss_scale": scale}
+        metrics = {name: jnp.float32(value) for name, value in named.items()}
+        train.check_finite(5, metrics, index_B, source, tmp_path, precision="float16")
+
+    look_at(2.0, np.inf)
+    look_at(1.0, 3.0)
+    with pytest.raises(UserError, match="step 5: grad_norm is inf, on the records"):
+        look_at(1.0, np.inf)
 
 
 @pytest.mark.parametrize("stage", stages.STAGES)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 from flax import nnx
 
 from seed_jax.data.transforms import normalize
+from seed_jax.models import layers
 from seed_jax.models.layers import Compute
 from seed_jax.models.qformer import QFormer, QFormerConfig
 from seed_jax.models.tokenizer import (
@@ -136,6 +138,32 @@ def test_half_precision_keeps_quantisation_in_float32(dtype):
     assert z_BQK.dtype == values.dtype == jnp.float32
     assert codes.dtype == jnp.int32
     assert call(tokenizer, "image_features", causal_BQD).dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("length", "masked", "capability", "expected"),
+    [
+        (32, True, "8.0", "cudnn"),
+        (33, False, "8.0", "cudnn"),
+        (33, True, "8.0", "xla"),
+        (32, True, "7.0", "xla"),
+    ],
+)
+def test_attention_is_fused_where_cudnn_can(length, masked, capability, expected, monkeypatch):
+    gpu = SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(layers.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(layers.jax, "devices", lambda: [gpu])
+    chosen = []
+
+    def attend(q, k, v, *, mask, implementation):
+        chosen.append(implementation)
+        return q
+
+    monkeypatch.setattr(layers.jax.nn, "dot_product_attention", attend)
+    x = jnp.zeros((1, length, 2, 64), jnp.bfloat16)
+    mask = jnp.ones((1, 1, length, length), bool) if masked else None
+    layers.attention(x, x, x, mask)
+    assert chosen == [expected]
 
 
 def test_embed_shapes_of_the_heads():

@@ -86,7 +86,9 @@ def outputs(case: OPTCase, name: str) -> dict:
         x, inputs = model.hidden_states(model.words[...][case.ids], case.mask, outputs=True)
         logits = model.word_logits(x)
         hidden = [*inputs, x]
-        return losses.next_token(logits, case.labels, case.labels != -100), (logits, hidden)
+        return losses.mean_where(
+            losses.each_token(logits, case.labels), case.labels[:, 1:] != -100
+        ), (logits, hidden)
 
     (value, (logits, hidden)), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     stored = [f"{name}/hidden_{i}" for i in range(len(hidden))]

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 import tarfile
@@ -102,6 +103,18 @@ def test_what_is_left_out_is_named_with_its_reason(tmp_path):
         "no caption": 1,
         "no picture": 1,
     }
+
+
+def test_names_that_are_not_utf_8_are_left_out(tmp_path):
+    folder = write_folder(tmp_path / "pictures", 3)
+    name = os.fsdecode(b"caf\xe9")
+    (folder / f"{name}.png").write_bytes(picture(9))
+    (folder / "captions.jsonl").unlink()
+    for file in folder.rglob("*.png"):
+        file.with_suffix(".txt").write_text("a cat")
+    run(folder, tmp_path / "out")
+    assert len(contents(tmp_path / "out")) == 3
+    assert dropped(tmp_path / "out") == {f"{name}.png": "name not UTF-8"}
 
 
 def overwrite_header(tar: Path) -> None:

@@ -215,7 +215,9 @@ def test_packed_and_unpacked_rows_have_the_same_loss():
         assert rows["pair_left_out"].sum() == 0
         ids = fill_in(jnp.asarray(rows["pair_ids"]), codes + VISUAL.opt.vocab_size)
         logits = jax.jit(lambda m, *inputs: m(*inputs))(model, ids, rows["pair_segments"])
-        found.append(float(losses.next_token(logits, ids, rows["pair_target"])))
+        found.append(
+            float(losses.mean_where(losses.each_token(logits, ids), rows["pair_target"][:, 1:]))
+        )
     assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
@@ -325,10 +327,33 @@ def test_mistakes_on_the_command_line(trained, arguments, message):
         main(["--model", str(trained / "model"), *arguments])
 
 
-def test_a_question_needs_a_picture(trained, capsys):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--question", "Why?"], "give --image too"),
+        (["--output", "apple"], "give it a .png at its end"),
+        (["--top-p", "0"], "must be above 0 and at most 1"),
+    ],
+)
+def test_options_that_a_drawing_does_not_have(trained, capsys, arguments, message, monkeypatch):
+    monkeypatch.chdir(trained)
     with pytest.raises(SystemExit):
-        main(["--model", str(trained / "model"), "--draw", "a cat", "--question", "Why?"])
-    assert "give --image too" in capsys.readouterr().err
+        main(["--model", str(trained / "model"), "--draw", "a cat", *arguments])
+    assert message in capsys.readouterr().err
+
+
+def test_the_language_model_runs_in_the_precision_that_is_asked_for(trained, monkeypatch):
+    asked = []
+    load = SeedOPT.from_pretrained
+
+    def noted(path, **options):
+        asked.append(load(path, **options))
+        return asked[-1]
+
+    monkeypatch.setattr(SeedOPT, "from_pretrained", noted)
+    main(["--model", str(trained / "model"), "--draw", "a cat", "--precision", "bfloat16"])
+    weights = jax.tree.leaves(asked[0]._generator._state)
+    assert jnp.bfloat16 in {array.dtype for array in weights}
 
 
 @pytest.mark.parametrize(

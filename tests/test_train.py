@@ -213,8 +213,13 @@ def test_a_config_that_did_not_get_to_train_binds_nobody(tmp_path):
 
 
 def test_another_config_in_the_same_workdir_is_refused(stage1):
-    config = small(tiny_causal_qformer.get_config(), seed=1)
+    # What a smaller machine may need is no other config.
+    machine = {"data.workers": 3, "data.cache": False, "remat": "full"}
+    config = small(tiny_causal_qformer.get_config(), seed=1, **machine)
     with pytest.raises(UserError, match=r"another config .differs in seed."):
+        train(config, stage1)
+    config = small(tiny_causal_qformer.get_config(), **{"data.flip": False})
+    with pytest.raises(UserError, match=r"another config .differs in data."):
         train(config, stage1)
 
 
@@ -225,6 +230,8 @@ def test_another_config_in_the_same_workdir_is_refused(stage1):
         ({"batch_size": 12}, "can't be split over the mesh's 8 data shards"),
         ({"accumulate": 4}, "8 data shards of 4 microbatches; 32 can"),
         ({"accumulate": 0}, "1 runs the batch at once"),
+        ({"log_every": 0}, "config.log_every is 0; it must be 1 or more"),
+        ({"batch_size": 0}, "config.batch_size is 0; it must be 1 or more"),
         ({"mesh.tensor": 3}, "does not fit 8 devices"),
         ({"precision": "float8"}, "it can be float32, bfloat16, float16"),
         ({"remat": "some"}, "it can be none, dots, full"),

@@ -19,12 +19,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from seed_jax.cli import UserError
+from seed_jax.cli import UserError, few
 from seed_jax.data import checksums
-from seed_jax.data.sources import Record
+from seed_jax.data.sources import Record, read_text
 
 ALLOWED_MISSING = 0.01
-NAMED = 3
 SUFFIXES = (".json", ".token", ".tsv")
 # What a .tsv file's first line may call its columns.
 CAPTION_COLUMNS = ("caption", "title", "text")
@@ -207,7 +206,7 @@ def _list(path: Path, entries: list[Any]) -> Iterator[Annotated]:
 
 
 def _table(path: Path) -> Iterator[Annotated]:
-    rows = [line.split("\t") for line in path.read_text(encoding="utf-8").split("\n") if line]
+    rows = [line.split("\t") for line in read_text(_there(path)).split("\n") if line]
     if not rows:
         raise not_known(path, "it is empty")
     names = [name.strip().lower() for name in rows[0]]
@@ -238,7 +237,7 @@ def _downloaded_as(number: int, address: str) -> tuple[str, ...]:
 
 def _flickr(path: Path) -> Iterator[Annotated]:
     captions: dict[str, dict[str, str]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(read_text(_there(path)).split("\n"), 1):
         if not line.strip():
             continue
         key, tab, text = line.partition("\t")
@@ -261,12 +260,16 @@ def read_json(path: Path) -> Any:
     Raises:
       UserError: there is none, or it is no JSON.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; docs/evaluation.md says where to get it")
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(_there(path).read_bytes())
     except ValueError as error:
         raise UserError(f"{path}: not JSON, or cut short ({error}); get it again") from None
+
+
+def _there(path: Path) -> Path:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; docs/evaluation.md says where to get it")
+    return path
 
 
 def not_known(path: Path, why: str = "") -> UserError:
@@ -285,8 +288,7 @@ def refuse_twice(path: Path, ids: Iterable[Any], what: str) -> None:
 
 def tell(names: Sequence[str], what: str) -> str:
     """'3 picture ids (1, 2, 3)', or with more than a few, the first of them."""
-    few = ", ".join(names[:NAMED]) + (", …" if len(names) > NAMED else "")
-    return f"{len(names)} {what}{'s' if len(names) > 1 else ''} ({few})"
+    return f"{len(names)} {what}{'s' if len(names) > 1 else ''} ({few(names)})"
 
 
 def locate(

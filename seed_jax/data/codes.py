@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from seed_jax.cli import UserError, first_line
 from seed_jax.data import prepared
-from seed_jax.data.sources import write_rows
+from seed_jax.data.sources import check_name, write_rows
 
 FORMAT = "seed_jax.tokenize 1"  # of folders
 LINES = ".jsonl"
@@ -115,7 +115,7 @@ def _read_lines(path: Path, model_hash: str, *, unsigned: bool) -> Iterator[_Par
     names: list[str] = []
     rows: list[list[int]] = []
     first = 1
-    with path.open() as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
                 entry = json.loads(line)
@@ -222,12 +222,7 @@ def write_parquet(path: Path, parts: Iterable[Codes], *, model: str, queries: in
 def _with_text_names(parts: Iterable[Codes]) -> Iterator[Codes]:
     for part in parts:
         for name in part.names:
-            try:
-                name.encode()
-            except UnicodeEncodeError:  # a file's name may be any bytes
-                raise UserError(
-                    f"{name!r}: the name is not UTF-8; rename the picture, or write codes.jsonl"
-                ) from None
+            check_name(name, or_else=", or write codes.jsonl")
         yield part
 
 
@@ -268,4 +263,6 @@ class CodesTable:
 
 def _key(name: str) -> int:
     # Names of millions of pictures would fill the memory of every worker process.
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")
+    return int.from_bytes(
+        hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=8).digest(), "big"
+    )

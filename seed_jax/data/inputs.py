@@ -113,7 +113,9 @@ class FilesPart:
 
     @property
     def fingerprint(self) -> str:
-        packed = msgpack.packb([(record, str(file)) for record, file in self.pictures])
+        named = [(record, str(file)) for record, file in self.pictures]
+        # Names of files may be any bytes.
+        packed = msgpack.packb(named, unicode_errors="surrogateescape")
         return hashlib.sha256(packed).hexdigest()
 
     @property

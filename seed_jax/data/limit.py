@@ -4,11 +4,9 @@ import math
 from collections.abc import Mapping
 from typing import NoReturn
 
-from seed_jax.cli import UserError
+from seed_jax.cli import UserError, few
 from seed_jax.data.mixture import MixedSet, sets_of
 from seed_jax.data.sources import Records
-
-NAMED_IN_ERROR = 3
 
 
 class Limit:
@@ -42,9 +40,7 @@ class Limit:
         return min(allowed, total - 1)
 
     def _stop(self, one: MixedSet, names: list[str]) -> NoReturn:
-        others = f" and {len(names) - NAMED_IN_ERROR} more" if names[NAMED_IN_ERROR:] else ""
         raise UserError(
             f"{one.path}: {len(names)} of {len(one.span)} pictures can't be read "
-            f"(max_unreadable is {self._share:g}): {', '.join(names[:NAMED_IN_ERROR])}{others}; "
-            "mend or remove them"
+            f"(max_unreadable is {self._share:g}): {few(names)}; mend or remove them"
         )

@@ -279,7 +279,8 @@ def _pictures(folder: Path) -> Iterator[str]:
                 yield (Path(where) / name).relative_to(folder).as_posix()
 
 
-def _read_text(file: Path) -> str:
+def read_text(file: Path) -> str:
+    """A file's content; raises a UserError if it is not UTF-8."""
     try:
         return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -290,14 +291,14 @@ def _read_text_beside(picture: Path) -> _Notes:
     file = picture.with_suffix(".txt")
     if not file.exists():
         return _Notes()
-    return _Notes([line.strip() for line in _read_text(file).splitlines() if line.strip()])
+    return _Notes([line.strip() for line in read_text(file).splitlines() if line.strip()])
 
 
 def _read_captions_file(folder: Path, names: set[str]) -> dict[str, _Notes]:
     file = folder / CAPTIONS_FILE
     notes: dict[str, _Notes] = {}
     # Only \n ends a JSON line; str.splitlines would cut at other characters inside captions too.
-    for number, line in enumerate(_read_text(file).split("\n"), 1):
+    for number, line in enumerate(read_text(file).split("\n"), 1):
         if not line.strip():
             continue
         wrong = partial(_wrong_line, f"{file}:{number}")
@@ -325,6 +326,18 @@ def _read_captions_file(folder: Path, names: set[str]) -> dict[str, _Notes]:
         known.tags += [tag for tag in tags if tag not in known.tags]
         known.split = split if split is not None else known.split
     return notes
+
+
+def check_name(name: str, *, or_else: str = "") -> None:
+    """Raises a UserError if a name is not UTF-8, as a file's need not be and a record's has to.
+
+    Args:
+      or_else: what to do other than to rename the picture.
+    """
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{name!r}: the name is not UTF-8; rename the picture{or_else}") from None
 
 
 def _is_texts(value: object) -> bool:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from seed_jax.cli import UserError
+from seed_jax.files import replace_text
 
 Row = dict[str, Any]
 
@@ -38,7 +39,7 @@ class Journal:
             self.rows = {row["id"]: row for row in entries[1:]}
         text = "".join(json.dumps(row) + "\n" for row in [head, *self.rows.values()])
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        replace_text(path, text)
 
     def add(self, rows: Iterable[Row]) -> None:
         """Keeps rows, each with an 'id'."""

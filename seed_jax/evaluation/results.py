@@ -45,9 +45,9 @@ def read(folder: Path) -> Results:
 
 def write(folder: Path, results: Results, suites: Mapping[str, Suite]) -> None:
     """Writes both files, each whole or not at all."""
-    text = json.dumps({"format": FORMAT, "suites": results}, indent=2) + "\n"
-    for name, content in ((FILE, text), (TABLE, report(results, suites) + "\n")):
-        replace_text(folder / name, content)
+    content = {"format": FORMAT, "suites": results}
+    replace_text(folder / FILE, json.dumps(content, indent=2) + "\n")
+    replace_text(folder / TABLE, report(results, suites) + "\n")
 
 
 def report(results: Results, suites: Mapping[str, Suite]) -> str:

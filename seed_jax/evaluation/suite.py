@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
+import jax
 import numpy as np
 
 from seed_jax import drawing, inference, model_dir, seed_opt
@@ -19,10 +20,11 @@ from seed_jax.drawing import Shown
 from seed_jax.evaluation import fid, perceptual, tables
 from seed_jax.evaluation.encoders import Encoder, open_encoder
 from seed_jax.evaluation.journal import Journal
+from seed_jax.models.layers import Compute
 from seed_jax.models.tokenizer import SeedTokenizer
 from seed_jax.pieces import Pieces
 from seed_jax.seed_opt import SeedOPT
-from seed_jax.tasks import causal_qformer
+from seed_jax.tasks import PRECISIONS, causal_qformer
 
 T = TypeVar("T")
 
@@ -152,7 +154,8 @@ class Evaluation:
     @cached_property
     def seed_opt(self) -> SeedOPT:
         """The language model, of a suite that needs words."""
-        return SeedOPT.from_pretrained(self.args.model, tokenizer=self.tokenizer)
+        compute = Compute(PRECISIONS[self.args.precision])
+        return SeedOPT.from_pretrained(self.args.model, compute=compute, tokenizer=self.tokenizer)
 
     def _has_codes(self) -> bool:
         return self.description["kind"] != causal_qformer.KIND
@@ -198,7 +201,9 @@ class Evaluation:
     def pieces(self, name: str) -> Pieces:
         """Pieces of a suite's work, under the same terms."""
         folder = self._folder / PIECES / name if self._folder else None
-        return Pieces(folder, self._fingerprint(), anew=self.args.overwrite)
+        # They are cut by batches, and these by devices.
+        devices = f"{jax.local_device_count()} devices"
+        return Pieces(folder, f"{self._fingerprint()}, {devices}", anew=self.args.overwrite)
 
     def _fingerprint(self) -> str:
         text = json.dumps(self.settings(), sort_keys=True)

@@ -26,9 +26,15 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def figure(
-    value: float, interval: Sequence[float] | None = None, *, percent: bool = False, digits: int = 1
+    value: float | None,
+    interval: Sequence[float | None] | None = None,
+    *,
+    percent: bool = False,
+    digits: int = 1,
 ) -> str:
-    """A figure and its interval, such as '71.9 [70.6, 73.1]'."""
+    """A figure and its interval, such as '71.9 [70.6, 73.1]'; None, there being none, is '–'."""
+    if value is None:
+        return "–"
     scale = 100 if percent else 1
     text = f"{scale * value:.{digits}f}"
     if interval is None:

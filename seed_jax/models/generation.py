@@ -201,7 +201,7 @@ def sample(scores_BV: Array, key_B: Array, decoding: Decoding) -> Array:
         sorted_BV = jax.lax.top_k(scores_BV, size)[0]
         probs_BV = jax.nn.softmax(sorted_BV)
         before_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV
-        last_B = jnp.sum(before_BV < decoding.top_p, axis=-1) - 1
+        last_B = jnp.maximum(jnp.sum(before_BV < decoding.top_p, axis=-1) - 1, 0)
         least_B1 = jnp.take_along_axis(sorted_BV, last_B[:, None], axis=1)
         scores_BV = jnp.where(scores_BV < least_B1, -jnp.inf, scores_BV)
     return jax.vmap(jax.random.categorical)(key_B, scores_BV).astype(jnp.int32)

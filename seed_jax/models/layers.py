@@ -151,7 +151,10 @@ def gelu(x: Array) -> Array:
     return jax.nn.gelu(x, approximate=False)
 
 
-def _flash_available(dtype: Any, head_dim: int) -> bool:
+def _flash_available(dtype: Any, head_dim: int, lengths: tuple[int, int], masked: bool) -> bool:
+    # The gradient of a masked one is there for even lengths alone.
+    if masked and any(length % 2 for length in lengths):
+        return False
     if jax.default_backend() != "gpu" or dtype not in (jnp.float16, jnp.bfloat16):
         return False
     capability = float(jax.devices()[0].compute_capability)
@@ -192,7 +195,11 @@ def attention(
         # XLA's CPU backend lacks the float16 product with float32 sums that is asked for below.
         q_BTNH, k_BSNH, v_BSNH = (a.astype(jnp.float32) for a in (q_BTNH, k_BSNH, v_BSNH))
     implementation: Literal["cudnn", "xla"] = (
-        "cudnn" if _flash_available(dtype, q_BTNH.shape[-1]) else "xla"
+        "cudnn"
+        if _flash_available(
+            dtype, q_BTNH.shape[-1], (q_BTNH.shape[1], k_BSNH.shape[1]), mask is not None
+        )
+        else "xla"
     )
     return jax.nn.dot_product_attention(
         q_BTNH, k_BSNH, v_BSNH, mask=mask, implementation=implementation

@@ -146,12 +146,3 @@ def as_opt(model: VisualOPT) -> OPT:
     weights["head",] = jnp.concatenate([head[...], model.outputs[...]])
     layers.take_weights(plain, weights)
     return plain
-
-
-def picture_ids(codes_BQ: Array, config: VisualOPTConfig) -> Array:
-    """Codes as ids between their markers, int32 [B, Q + 2]."""
-    return jnp.pad(
-        codes_BQ + config.opt.vocab_size,
-        ((0, 0), (1, 1)),
-        constant_values=((0, 0), (config.begin, config.end)),
-    )

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import SingleDeviceSharding
 from ml_collections import ConfigDict
 
 from seed_jax import base_opt, losses, model_dir
@@ -123,15 +124,22 @@ class SeedOPTTraining:
         ]
 
     def prepare(self, model: TokenizedOPT, batches: Any) -> None:
-        tokenizer = model.tokenizer
-        if tokenizer is not None:
-            model_dir.load_into(tokenizer, self.config.init, codebook.KIND)
-        else:
-            tokenizer = SeedTokenizer.from_pretrained(self.config.init)
+        if model.tokenizer is not None:
+            model_dir.load_into(model.tokenizer, self.config.init, codebook.KIND)
         visual = model.model
+        # What is whole stays on the host: beside the state, a device may have no room for it.
+        host = jax.local_devices(backend="cpu")[0]
         if visual.vectors is not None:
-            put(visual.vectors, tokenizer.codebook.vectors[...])
-        base = nnx.state(base_opt.load(self.base, compute=visual.opt.compute), nnx.Param)
+            vectors = jax.ShapeDtypeStruct(
+                visual.vectors.shape, jnp.float32, sharding=SingleDeviceSharding(host)
+            )
+            read = model_dir.restore_params(
+                self.config.init, {"codebook/vectors": vectors}, all_of_it=False
+            )
+            put(visual.vectors, read["codebook/vectors"])
+        base = nnx.state(
+            base_opt.load(self.base, compute=visual.opt.compute, device=host), nnx.Param
+        )
         own = dict(nnx.to_flat_state(nnx.state(visual.opt, nnx.Param)))
         for path, value in nnx.to_flat_state(base):
             if path in own:
@@ -196,6 +204,5 @@ def put(variable: nnx.Variable, value: jax.Array | np.ndarray) -> None:
     """Replaces a parameter's value, keeping its type and sharding."""
     old = variable.get_value()
     # A copy: the step takes over the memory of its state, and may not be given any of it twice.
-    # On the host: from one device it can't go to those of other processes.
     copied = np.array(value, old.dtype)
     variable.set_value(jax.device_put(copied, old.sharding))
