@@ -353,7 +353,7 @@ def test_the_language_model_runs_in_the_precision_that_is_asked_for(trained, mon
     monkeypatch.setattr(SeedOPT, "from_pretrained", noted)
     main(["--model", str(trained / "model"), "--draw", "a cat", "--precision", "bfloat16"])
     weights = jax.tree.leaves(asked[0]._generator._state)
-    assert jnp.bfloat16 in {array.dtype for array in weights}
+    assert jnp.dtype(jnp.bfloat16) in {array.dtype for array in weights}
 
 
 @pytest.mark.parametrize(

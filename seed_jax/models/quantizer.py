@@ -120,6 +120,8 @@ def reset_dead_codes(
     """Moves codes that fell out of use onto encoder outputs drawn from the batch.
 
     Under a sharded step `z_NK` is the global batch, so all devices draw the same replacements.
+    Running means begin at 0, so that at first a code that a batch or two lacked is dead: one that
+    starts at chance comes to the data within steps, not after hundreds.
 
     Args:
       ema_counts_C: running mean of each code's count in a batch.
