@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from PIL import Image
 
-from seed_jax import model_dir
+from seed_jax import model_dir, sharding
 from seed_jax.cli import UserError
 from seed_jax.data import transforms
 from seed_jax.data.sequences import CAPTION_PROMPT, DRAWING_PROMPT, QUESTION_PROMPT, Words
@@ -307,7 +307,7 @@ class SeedOPT:
 
 
 def load_language_model(path: str | Path, *, compute: Compute = Compute()) -> VisualOPT:
-    """The language model of a directory alone, its adapters beside their layers.
+    """The language model of a directory alone, its adapters beside their layers, on the host.
 
     Kernels that it holds in 8 bits are floats again.
 
@@ -318,7 +318,13 @@ def load_language_model(path: str | Path, *, compute: Compute = Compute()) -> Vi
       UserError: see `model_dir.load`.
     """
     model: VisualOPT = model_dir.load(
-        path, KIND, VisualOPTConfig, VisualOPT, compute, stored=compute.dtype
+        path,
+        KIND,
+        VisualOPTConfig,
+        VisualOPT,
+        compute,
+        stored=compute.dtype,
+        device=sharding.host_device(),
     )
     if not model.config.opt.int8:
         return model

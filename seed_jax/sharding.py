@@ -122,6 +122,17 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
 
 
+def host_device() -> jax.Device:
+    """This machine's processor, as a device for what is whole for a while and too large for others.
+
+    The first device, if JAX_PLATFORMS leaves the processor out.
+    """
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return jax.local_devices()[0]
+
+
 def on_host(tree: Any) -> Any:
     """A pytree of arrays, split or not, as whole numpy arrays in every process."""
     return multihost_utils.process_allgather(tree, tiled=True)

@@ -57,7 +57,7 @@ def save_first(folder: Path) -> str:
 def start(
     config: ConfigDict, task: Task
 ) -> tuple[nnx.GraphDef, TrainState, optax.GradientTransformation]:
-    """As `state.create` on one device, with random weights."""
+    """As by `state.lazily`, on one device, with random weights."""
     # In the wider model of stage 3, larger weights would blow up roundings within a few steps.
     deviation = 0.05 if config.task == "seed_opt" else 0.2
     model = random_weights(lambda: task.build(rngs=nnx.Rngs(0)), deviation)

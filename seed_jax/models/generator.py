@@ -39,10 +39,14 @@ class Generator:
     """A language model that writes on. A loop is compiled once for each shape and `Decoding`."""
 
     def __init__(self, model: nnx.Module):
-        """`model` is a `CachedModel`, which is taken apart; it serves no other purpose after."""
+        """`model` is a `CachedModel`, which is taken apart; it serves no other purpose after.
+
+        It may lie on the host, and is run on the first device.
+        """
         assert isinstance(model, CachedModel)
         model.unstack()
-        graphdef, self._state = nnx.split(model)
+        graphdef, state = nnx.split(model)
+        self._state = jax.device_put(state, jax.local_devices()[0])
 
         def start(
             state: nnx.State,

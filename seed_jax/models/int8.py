@@ -12,6 +12,7 @@ import numpy as np
 import qwix
 from flax import nnx
 
+from seed_jax import sharding
 from seed_jax.models import layers
 from seed_jax.models.layers import Array
 
@@ -55,7 +56,7 @@ def quantize(kernel: np.ndarray | Array) -> dict[str, np.ndarray]:
         # One at a time, since a float32 copy of all of them may be more than there is room for.
         each = [quantize(layer) for layer in kernel]
         return {name: np.stack([layer[name] for layer in each]) for name in each[0]}
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+    with jax.default_device(sharding.host_device()):
         rounded = qwix.quantize(
             jnp.asarray(np.asarray(kernel), jnp.float32), jnp.int8, channelwise_axes=(1,)
         )

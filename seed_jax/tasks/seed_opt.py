@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import SingleDeviceSharding
 from ml_collections import ConfigDict
 
-from seed_jax import base_opt, losses, model_dir
+from seed_jax import base_opt, losses, model_dir, sharding
 from seed_jax.cli import UserError
 from seed_jax.data.codes import CodesTable
 from seed_jax.data.mixture import split_paths
@@ -128,7 +128,7 @@ class SeedOPTTraining:
             model_dir.load_into(model.tokenizer, self.config.init, codebook.KIND)
         visual = model.model
         # What is whole stays on the host: beside the state, a device may have no room for it.
-        host = jax.local_devices(backend="cpu")[0]
+        host = sharding.host_device()
         if visual.vectors is not None:
             vectors = jax.ShapeDtypeStruct(
                 visual.vectors.shape, jnp.float32, sharding=SingleDeviceSharding(host)
