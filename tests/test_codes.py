@@ -24,6 +24,9 @@ from tests.tiny import CODES, QUERIES, save_tokenizer, write_pictures
 PICTURES = 13
 FOLDERS = ("array_record", "parquet")
 
+# What is written once serves all tests.
+pytestmark = pytest.mark.xdist_group("codes")
+
 
 @pytest.fixture(scope="module")
 def there(tmp_path_factory) -> Path:

@@ -38,12 +38,13 @@ def model(tmp_path_factory):
 
 
 # Run in a process of its own.
-EMBED = """
-import json, sys, torch
+EMBED_AND_DRAW = """
+import json, runpy, sys, torch
 from draw_from_codes import GenerationEmbeddings
-assert not any(name.startswith("seed_jax") for name in sys.modules)
-codes = torch.tensor(json.loads(sys.argv[1]))
+codes = torch.tensor(json.loads(sys.argv.pop(1)))
 print(json.dumps(GenerationEmbeddings()(codes).tolist()))
+runpy.run_path("draw_from_codes.py", run_name="__main__")
+assert not any(name.startswith("seed_jax") for name in sys.modules)
 """
 
 
@@ -53,18 +54,13 @@ def test_pytorch_embeds_and_draws_what_we_do(model, tmp_path):
     codes = np.random.default_rng(1).integers(0, CODES, (2, QUERIES))
     ours = np.asarray(SeedTokenizer.from_pretrained(model).embed(codes))
 
-    def run(*arguments: str) -> str:
-        done = subprocess.run(
-            [sys.executable, *arguments], cwd=folder, capture_output=True, text=True, check=True
-        )
-        return done.stdout
-
-    theirs = np.array(json.loads(run("-c", EMBED, json.dumps(codes.tolist()))))
-    np.testing.assert_allclose(theirs, ours, rtol=0, atol=1e-4 * np.abs(ours).max())
-
     lines = [{"image": f"{i}.png", "codes": row} for i, row in enumerate(codes.tolist())]
     (tmp_path / "codes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    run("draw_from_codes.py", str(tmp_path / "codes.jsonl"), "drawn", "--steps", "2")
+    command = [sys.executable, "-c", EMBED_AND_DRAW, json.dumps(codes.tolist())]
+    command += [str(tmp_path / "codes.jsonl"), "drawn", "--steps", "2"]
+    run = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    theirs = np.array(json.loads(run.stdout.splitlines()[0]))
+    np.testing.assert_allclose(theirs, ours, rtol=0, atol=1e-4 * np.abs(ours).max())
     drawn = [np.asarray(Image.open(folder / "drawn" / f"{i}.png")) for i in range(2)]
     assert drawn[0].shape == drawn[1].shape == (64, 64, 3)
     assert drawn[0].std() > 5

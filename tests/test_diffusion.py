@@ -20,6 +20,9 @@ from tests.tiny_diffusion import STATES, WIDTH, save_stable_diffusion
 
 QUICK = {"steps": 2, "scheduler": "ddim"}
 
+# What one test compiles serves the others.
+pytestmark = pytest.mark.xdist_group("diffusion")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -175,12 +178,16 @@ def test_parts_that_are_missing_are_named(folder, tmp_path, embeddings):
         StableDiffusion.from_pretrained(str(tmp_path / "nowhere"))
 
 
-def test_a_directory_without_text_encoder_draws_from_embeddings(folder, tmp_path, embeddings):
+def test_a_directory_without_text_encoder_draws_from_embeddings(
+    folder, pipeline, tmp_path, embeddings
+):
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "text_encoder")
     mute = StableDiffusion.from_pretrained(str(tmp_path), mesh=two_devices())
     with pytest.raises(UserError, match=r"has no text_encoder/ and tokenizer/"):
         mute.draw(embeddings, **QUICK)
+    drawn, expected = (p.draw(embeddings[:2], negative="zeros", **QUICK) for p in (mute, pipeline))
+    np.testing.assert_array_equal(drawn, expected)
 
 
 @pytest.mark.parametrize(

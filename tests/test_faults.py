@@ -17,7 +17,7 @@ from seed_jax.checkpoint import Checkpoints
 from seed_jax.cli import UserError
 from seed_jax.data import pipeline, sources
 from seed_jax.train import train
-from tests.test_train import losses, small
+from tests.test_train import losses, metrics, small
 
 
 def tree(step: int) -> dict[str, jax.Array]:
@@ -145,9 +145,7 @@ def test_a_full_disk_stops_with_one_line_and_the_last_checkpoint_whole(tmp_path)
 
 
 def test_a_loss_that_is_not_a_number_names_step_and_records(tmp_path):
-    config = small(
-        tiny_causal_qformer.get_config(), checkpoint_every=1, log_every=4, keep_checkpoints=9
-    )
+    config = small(tiny_causal_qformer.get_config(), checkpoint_every=1, keep_checkpoints=9)
     config.optimizer.unlock().update(learning_rate=1e30, warmup_from=1e30, clip_norm=0.0)
     with pytest.raises(UserError, match=r"step \d+: .*(nan|inf)") as e:
         train(config, tmp_path)
@@ -165,6 +163,8 @@ def test_a_loss_that_is_not_a_number_names_step_and_records(tmp_path):
     assert all(name in str(e.value) for name in told["records"][:3])
     steps = [int(path.name) for path in (tmp_path / "checkpoints").iterdir()]
     assert max(steps, default=0) == told["step"] - 1
+    assert told["step"] > 1
+    assert [row["step"] for row in metrics(tmp_path)] == list(range(1, told["step"]))
     assert all(math.isfinite(loss) for loss in losses(tmp_path))
 
 

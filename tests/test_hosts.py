@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
-from flax import nnx
 
 from configs import tiny_causal_qformer, tiny_codebook, tiny_seed_opt
 from seed_jax import SeedTokenizer, hosts
@@ -24,7 +23,6 @@ from seed_jax.cli import UserError
 from seed_jax.data.batches import state_of_host
 from seed_jax.data.sources import open_source, write_array_record
 from seed_jax.seed_opt import load_language_model
-from seed_jax.tasks.causal_qformer import CausalQFormer
 from seed_jax.train import train
 from tests import stages
 from tests.test_train import ENVIRONMENT, ROOT, losses, metrics, small
@@ -114,13 +112,12 @@ class Cluster:
     def __init__(self, workdir: Path, recipe, config, *flags: str, restarts: int = 0):
         name = recipe.__name__.replace(".", "/") + ".py"
         self.workdir = workdir
-        quick = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
         command = ["bash", "launch/local_cluster.sh", "2", "--config", name]
         command += ["--workdir", str(workdir), *changes(config, recipe), *flags]
         self._run = subprocess.Popen(
             command,
             cwd=ROOT,
-            env={**ENVIRONMENT, "XLA_FLAGS": quick, "RESTARTS": str(restarts)},
+            env={**ENVIRONMENT, "RESTARTS": str(restarts)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -214,9 +211,7 @@ def test_two_processes_are_stopped_killed_and_hung_and_lose_nothing(tmp_path):
 
 
 def test_two_processes_make_the_model_that_one_makes(tmp_path):
-    task = CausalQFormer(small(tiny_causal_qformer.get_config()))
-    task.save(nnx.jit(lambda: task.build(rngs=nnx.Rngs(0)))(), tmp_path / "init")
-    config = small(tiny_codebook.get_config(), steps=2, init=str(tmp_path / "init"))
+    config = small(tiny_codebook.get_config(), steps=2, init=stages.save_first(tmp_path))
     config.codebook_health.update(kmeans_batches=2, dead_code_threshold=0.05)
     config.remember, config.data.split = True, "style"  # the smallest split
 

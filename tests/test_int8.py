@@ -98,3 +98,5 @@ def test_adapters_train_on_it_and_its_directory_loads_as_floats(tmp_path):
         floats.opt.layers.up.kernel[...], up.values[...].astype(jnp.float32) * up.scale[...]
     )
     np.testing.assert_array_equal(floats.opt.layers.up.lora_b[...], up.lora_b[...])
+    # They begin as zeros.
+    assert np.all(np.any(up.lora_b[...], axis=(1, 2)))

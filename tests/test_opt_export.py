@@ -24,6 +24,9 @@ from seed_jax.tasks.language_model import PACKAGED
 from tests.tiny import CODES, QUERIES
 from tests.tiny_seed_opt import SIZES, config, save_seed_opt
 
+# One model of each kind serves all tests.
+pytestmark = pytest.mark.xdist_group("opt_export")
+
 
 @pytest.fixture(scope="module", params=["codebook", "learned"])
 def model(request, tmp_path_factory):

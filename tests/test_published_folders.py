@@ -30,6 +30,9 @@ from seed_jax.tasks.language_model import PACKAGED
 from tests.random_weights import random_weights
 from tests.tiny import VOCABULARY, text_tokenizer
 
+# What is converted once serves all tests.
+pytestmark = pytest.mark.xdist_group("published_folders")
+
 SIDE, QUERIES, WORDS = 28, 5, len(VOCABULARY)
 VISION = {
     "hidden_size": 24,

@@ -27,11 +27,36 @@ from tests.tiny_diffusion import save_models_and_pictures
 PICTURES = 10
 CLIP_SIDE = 8
 
+# What is drawn for one test serves another.
+pytestmark = pytest.mark.xdist_group("reconstruction")
+
 
 @pytest.fixture(scope="module")
 def there(tmp_path_factory) -> Path:
     """model/, diffusion/ and pictures/."""
     return save_models_and_pictures(tmp_path_factory.mktemp("reconstruction"), PICTURES)
+
+
+def files_of(there: Path) -> list[Path]:
+    return sorted((there / "pictures").glob("*.png"))
+
+
+@pytest.fixture(scope="module")
+def drawn(there) -> dict[str, np.ndarray]:
+    """All pictures drawn from each row of the table, as one batch."""
+    model = SeedTokenizer.from_pretrained(there / "model")
+    diffusion = StableDiffusion.from_pretrained(str(there / "diffusion"))
+    lines = (there / "pictures" / "captions.jsonl").read_text().splitlines()
+    originals = np.stack([resize(Image.open(file), SIDE) for file in files_of(there)])
+    codes_PQ = np.asarray(jax.jit(model.encode)(originals))
+    embed = jax.jit(model.embed)
+    embeddings = {
+        "codes": embed(codes_PQ),
+        "caption": diffusion.text_states([json.loads(line)["captions"][0] for line in lines]),
+        "shuffled": embed(codes_PQ[reconstruction.another(PICTURES)]),
+    }
+    settings = {"steps": 2, "scheduler": "ddim", "guidance_scale": 1}
+    return {row: np.asarray(diffusion.draw(embeddings[row], **settings)) for row in ROWS}
 
 
 def measure(there: Path, *options: str) -> dict:
@@ -66,7 +91,7 @@ def mean_difference(a, b):
     return np.abs(a.astype(float) - b).mean((1, 2, 3))
 
 
-def test_figures_against_a_simple_computation(there, tmp_path, monkeypatch, capsys):
+def test_figures_against_a_simple_computation(there, drawn, tmp_path, monkeypatch, capsys):
     # Smaller than it should be, to be quick.
     monkeypatch.setattr(inception, "SIDE", 75)
     network = reference_fid.save_inception(tmp_path / "inception.pth")
@@ -79,48 +104,35 @@ def test_figures_against_a_simple_computation(there, tmp_path, monkeypatch, caps
     table = capsys.readouterr().out
 
     model = SeedTokenizer.from_pretrained(there / "model")
-    diffusion = StableDiffusion.from_pretrained(str(there / "diffusion"))
-    files = sorted((there / "pictures").glob("*.png"))
-    lines = (there / "pictures" / "captions.jsonl").read_text().splitlines()
-    captions = [json.loads(line)["captions"][0] for line in lines]
-    originals = np.stack([resize(Image.open(file), SIDE) for file in files])
-    codes_PQ = np.asarray(jax.jit(model.encode)(originals))
-    embed = jax.jit(model.embed)
-    embeddings = {
-        "codes": embed(codes_PQ),
-        "caption": diffusion.text_states(captions),
-        "shuffled": embed(codes_PQ[reconstruction.another(PICTURES)]),
-    }
-
     image_features = jax.jit(lambda images: model.image_features(model.causal_embeddings(images)))
 
     def features(pictures):
-        small = [resize(Image.fromarray(np.asarray(picture)), SIDE) for picture in pictures]
-        return np.asarray(image_features(np.stack(small)))
+        return np.asarray(image_features(np.stack([resize(p, SIDE) for p in pictures])))
 
-    drawings = {}
+    originals_PE = features(map(Image.open, files_of(there)))
+    alike = {}
     for row in ROWS:
-        drawn = diffusion.draw(embeddings[row], steps=2, scheduler="ddim", guidance_scale=1)
-        expected = np.sum(features(originals) * features(drawn), axis=1).mean()
-        assert results[row] == pytest.approx(expected, abs=2e-3)
+        drawn_PE = features(map(Image.fromarray, drawn[row]))
+        alike[row] = np.sum(originals_PE * drawn_PE, axis=1).mean()
+        assert results[row] == pytest.approx(alike[row], abs=2e-3)
         assert f"{results[row]:.3f}" in table
-        drawings[row] = np.asarray(drawn)
-    assert len({results[row] for row in ROWS}) == 3
+    # Two rows that were swapped would show.
+    assert np.diff(sorted(alike.values())).min() > 4e-3, alike
     assert results["encoder"] == f"stage-1 encoder of {there / 'model'}"
     assert "CLIP" not in table
     assert results["pictures"] == PICTURES
 
-    side = drawings["codes"].shape[1]
-    true = np.stack([resize(Image.open(file), side) for file in files])
+    side = drawn["codes"].shape[1]
+    true = np.stack([resize(Image.open(file), side) for file in files_of(there)])
     for row, found in results["fid"].items():
         expected = reference_fid.distance(
-            *(reference_fid.features(network, pictures) for pictures in (true, drawings[row]))
+            *(reference_fid.features(network, pictures) for pictures in (true, drawn[row]))
         )
         assert found == pytest.approx(expected, rel=1e-2)
         assert f"{found:.1f}" in table
     assert set(results["fid"]) == {"codes", "caption"}
     for row in ROWS:
-        expected = mean_difference(true, drawings[row]).mean()
+        expected = mean_difference(true, drawn[row]).mean()
         assert results["lpips"][row] == pytest.approx(expected, rel=1e-2)
         assert f"{results['lpips'][row]:.3f}" in table
     assert len(set(results["lpips"].values())) == 3
@@ -223,21 +235,24 @@ def clip(tmp_path_factory):
     return folder, model
 
 
-def test_a_clip_sees_what_pytorchs_sees(there, clip):
+def test_a_clip_sees_what_pytorchs_sees(there, drawn, clip):
     import torch
 
     folder, theirs = clip
     encoder = clip_encoder(str(folder))
     assert (encoder.name, encoder.size) == (str(folder), CLIP_SIDE)
+
+    def seen(images):
+        pixels = (images / 255 - np.array(CLIP_MEAN)) / np.array(CLIP_STD)
+        with torch.no_grad():
+            features = theirs.get_image_features(
+                torch.from_numpy(pixels.transpose(0, 3, 1, 2)).float()
+            ).numpy()
+        return features / np.linalg.norm(features, axis=1, keepdims=True)
+
     shape = (8, CLIP_SIDE, CLIP_SIDE, 3)
     images = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
-    pixels = (images / 255 - np.array(CLIP_MEAN)) / np.array(CLIP_STD)
-    with torch.no_grad():
-        expected = theirs.get_image_features(
-            torch.from_numpy(pixels.transpose(0, 3, 1, 2)).float()
-        ).numpy()
-    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
-    np.testing.assert_allclose(encoder.features(images), expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(encoder.features(images), seen(images), rtol=0, atol=1e-5)
 
     text_tokenizer().save_pretrained(folder)
     texts = ["a red cat", "one more dog"]
@@ -249,7 +264,15 @@ def test_a_clip_sees_what_pytorchs_sees(there, clip):
 
     results = measure(there, f"--image-encoder={folder}")
     assert results["encoder"] == str(folder)
-    assert all(-1 <= results[row] <= 1 for row in ROWS)
+
+    def small(pictures):
+        return seen(np.stack([resize(picture, CLIP_SIDE) for picture in pictures]))
+
+    originals_PE = small(map(Image.open, files_of(there)))
+    for row in ROWS:
+        drawn_PE = small(map(Image.fromarray, drawn[row]))
+        alike = np.sum(originals_PE * drawn_PE, axis=1).mean()
+        assert results[row] == pytest.approx(alike, abs=2e-3)
 
 
 def test_what_is_refused(there, clip, tmp_path):

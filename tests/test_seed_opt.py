@@ -61,7 +61,8 @@ def recipe(tokenizer: Path, base: Path, pictures: Path, **changes) -> ConfigDict
     config.update(init=str(tokenizer), opt=str(base), unroll=False)
     config.sequences.update(row_length=96, per_row=2, picture_to_text_steps=1)
     config.model.lora.rank = 2
-    config.data.update(path=str(pictures), split="", cache=False)
+    # Pictures are what `tokenize` sees: whole, not cropped.
+    config.data.update(path=str(pictures), split="", cache=False, crop_scale=())
     config.update_from_flattened_dict(changes)
     return config.lock()
 
@@ -92,16 +93,11 @@ def test_training_learns_captions_first_and_codes_later(trained):
 def test_known_codes_train_as_those_made_on_the_way(trained, tokenizer, base, pictures, tmp_path):
     codes = tmp_path / "codes.jsonl"
     tokenize.main(["--model", str(tokenizer), "--images", str(pictures), "--output", str(codes)])
-    # The pictures must be what `tokenize` sees: whole, not cropped.
-    whole = {"data.crop_scale": ()}
-    train(recipe(tokenizer, base, pictures, **whole), tmp_path / "pixels")
     unread = shutil.copytree(pictures, tmp_path / "unread")
     for picture in unread.glob("*.png"):
         picture.write_bytes(b"")
-    train(recipe(tokenizer, base, unread, codes=str(codes), **whole), tmp_path / "codes")
-    expected, found = (
-        [row["loss"] for row in rows_of(tmp_path / name)] for name in ("pixels", "codes")
-    )
+    train(recipe(tokenizer, base, unread, codes=str(codes)), tmp_path / "codes")
+    expected, found = ([row["loss"] for row in rows_of(w)] for w in (trained, tmp_path / "codes"))
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
     other = json.loads(codes.read_text().splitlines()[0]) | {"model": "0123456789abcdef"}
@@ -258,6 +254,16 @@ def test_pictures_and_text_in_any_order(model, pictures):
                     assert 0 <= part.min() <= part.max() < CODES
     text = model.generate([["a cat"]], decoding=decoding, pictures=False)[0]
     assert "".join(model.stream(["a cat"], decoding=decoding)).strip() == "".join(text)
+
+
+def test_what_was_written_is_text_and_pictures_in_its_order(model):
+    config, codes, encode = model.config, np.arange(QUERIES) % CODES, words().encode
+    first = config.opt.vocab_size
+    drawn = [[config.begin, *(first + row), config.end] for row in (codes, codes[::-1])]
+    ids = [*encode(" a cat"), *drawn[0], *drawn[1], *encode(" and a dog"), *drawn[0]]
+    expected = ["a cat", codes, codes[::-1], "and a dog", codes]
+    for found, part in zip(model._parts(ids), expected, strict=True):
+        np.testing.assert_array_equal(found, part)
 
 
 def test_bad_prompts_cost_one_line(model, pictures, tmp_path):

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from seed_jax import SeedOPT, evaluate, inference
 from seed_jax.cli import UserError
@@ -79,24 +80,36 @@ def test_captions_are_the_models_and_survive_an_interruption(there, tmp_path, mo
     assert len(calls) == 3
 
 
+# Two questions about each of three pictures: its number, what is asked, what ten people said, what
+# the model says, and how right that is: of the ten, who are left out in turn, a third for each
+# other who said so.
+VQA = [
+    (1, "What is it?", {"cat": 4, "dog": 6}, "A cat.", 1),
+    (1, "Is it red?", {"yes": 10}, "yes", 1),
+    (2, "What stands there?", {"tree": 2, "bush": 8}, "tree", (2 * 1 / 3 + 8 * 2 / 3) / 10),
+    (2, "Is it old?", {"no": 9, "yes": 1}, "yes", (1 * 0 + 9 * 1 / 3) / 10),
+    (3, "Where is it?", {"at sea": 10}, "ashore", 0),
+    (3, "Is it a boat?", {"yes": 7, "no": 3}, "no", (3 * 2 / 3 + 7 * 1) / 10),
+]
+
+
 def write_vqa(folder):
-    """Files in VQAv2's layout, two questions about each of three pictures."""
+    """`VQA` in files of VQAv2's layout, answers in another order than questions."""
     questions, annotations = [], []
-    for number in range(PICTURES):
-        image = 1 + number // 2
-        questions.append({"image_id": image, "question": "What?", "question_id": number})
-        answers = [{"answer": "cat"}] * 4 + [{"answer": "dog"}] * 6
+    for number, (image, question, said, _, _) in enumerate(VQA):
+        questions.append({"image_id": image, "question": question, "question_id": number})
         annotations.append(
             {
                 "question_id": number,
                 "image_id": image,
-                "answer_type": "other" if number % 2 else "yes/no",
-                "answers": answers,
+                "answer_type": "yes/no" if number % 2 else "other",
+                "answers": [{"answer": a} for a, count in said.items() for _ in range(count)],
             }
         )
     subset = {"data_subtype": "val2014"}
     (folder / "questions.json").write_text(json.dumps({"questions": questions, **subset}))
-    (folder / "answers.json").write_text(json.dumps({"annotations": annotations, **subset}))
+    given = {"annotations": annotations[::-1], **subset}
+    (folder / "answers.json").write_text(json.dumps(given))
     images = folder / "val2014"
     images.mkdir()
     return images
@@ -104,10 +117,18 @@ def write_vqa(folder):
 
 def test_answers_to_an_official_file(there, tmp_path, monkeypatch):
     images = write_vqa(tmp_path)
+    pixels = {}
     for number, file in enumerate(sorted((there / "pictures").glob("*.png"))[:3], 1):
         (images / f"COCO_val2014_{number:012}.jpg").write_bytes(file.read_bytes())
+        pixels[Image.open(file).tobytes()] = number
+    answers = {(image, question): answer for image, question, _, answer, _ in VQA}
+
     # The random model's answers are nothing to count by.
-    monkeypatch.setattr(SeedOPT, "answer", lambda self, pictures, questions: ["A cat."] * 4)
+    def answer(self, pictures, questions):
+        seen = [pixels[picture.tobytes()] for picture in pictures]
+        return [answers[pair] for pair in zip(seen, questions, strict=True)]
+
+    monkeypatch.setattr(SeedOPT, "answer", answer)
     result = run(
         there,
         "vqa",
@@ -117,8 +138,9 @@ def test_answers_to_an_official_file(there, tmp_path, monkeypatch):
         f"--images={tmp_path}",
     )
     figures = result["figures"]
-    # Four of ten people said so.
-    assert figures["accuracy"] == pytest.approx({"all": 1.0, "other": 1.0, "yes/no": 1.0})
+    right = np.array([row[-1] for row in VQA])
+    expected = {"all": right.mean(), "other": right[::2].mean(), "yes/no": right[1::2].mean()}
+    assert figures["accuracy"] == pytest.approx(expected)
     assert (figures["questions"], figures["pictures"]) == (PICTURES, 3)
 
 
