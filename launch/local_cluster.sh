@@ -46,15 +46,15 @@ while true; do
 
     status=0 alarm=
     while [ ${#processes[@]} -gt 0 ]; do
-        ended=
         wait -n -p ended "${processes[@]}" $alarm
         code=$?
+        ended=${ended:-} # gone, if a signal came in between
         if [ -n "$alarm" ] && [ "$ended" = "$alarm" ]; then
             alarm=
             stop KILL
         fi
         for index in "${!processes[@]}"; do
-            [ "${processes[index]}" = "$ended" ] || continue # none, if a signal came in between
+            [ "${processes[index]}" = "$ended" ] || continue
             unset "processes[index]"
             [ "$code" != 0 ] && [ "$status" = 0 ] || continue
             status=$code

@@ -129,9 +129,9 @@ def test_options_of_other_sources(bert):
 
 def test_what_exists_is_replaced_on_request_alone(bert, tmp_path):
     output = tmp_path / "output"
-    output.mkdir()
-    (output / "mine.txt").write_text("keep")
     arguments = ["--source", "bert", "--weights", str(bert), "--output", str(output)]
+    convert.main(arguments)
+    (output / "mine.txt").write_text("keep")
     with pytest.raises(UserError, match="output exists; name another --output"):
         convert.main(arguments)
     # Nor is it lost to weights that turn out to be no good.

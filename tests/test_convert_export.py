@@ -149,9 +149,9 @@ def test_mistakes_cost_one_line_and_nothing_written(exported, tmp_path):
 def test_what_exists_is_replaced_on_request_alone(exported, tmp_path):
     model, _ = exported
     output = tmp_path / "pt"
-    output.mkdir()
-    (output / "mine.txt").write_text("keep")
     arguments = ["--model", str(model), "--format", "seed", "--output", str(output)]
+    export.main(arguments)
+    (output / "mine.txt").write_text("keep")
     with pytest.raises(UserError, match="pt exists; name another --output"):
         export.main(arguments)
     assert (output / "mine.txt").read_text() == "keep"

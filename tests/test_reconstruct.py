@@ -106,7 +106,7 @@ def test_the_packaged_diffusion_model_is_the_default(there, tmp_path, monkeypatc
     tokenizer = SeedTokenizer.from_pretrained(there / "model")
     codes_1Q = np.zeros((1, QUERIES), np.int32)
     writer = SimpleNamespace(tokenizer=tokenizer, draw=lambda *_, **__: codes_1Q)
-    monkeypatch.setattr(generate.SeedOPT, "from_pretrained", lambda path: writer)
+    monkeypatch.setattr(generate.SeedOPT, "from_pretrained", lambda path, compute: writer)
     file = tmp_path / "drawn.png"
     draw = ["--model=seed_opt", "--draw=a cat", "--steps=1", f"--output={file}"]
     generate.main(draw)
