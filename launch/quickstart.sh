@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole of SEED on the pictures that come with the package: trains tokenizer and language model,
-# turns the held-out pictures into codes, evaluates, captions, draws. Ten to fifteen minutes on two CPU cores.
+# turns the held-out pictures into codes, evaluates, captions, draws. Ten to twenty minutes on two CPU cores.
 #
 #     bash launch/quickstart.sh [OUT]      results go to OUT (default: out)
 #
