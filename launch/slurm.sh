@@ -4,7 +4,8 @@
 #     sbatch launch/slurm.sh --config configs/causal_qformer.py --workdir DIR [--config.key=value ...]
 #
 # Submit from the repository's root, after `bash launch/setup.sh requirements-v100.txt`: without the
-# name, it installs JAX for processors. The repository, DIR and the data must lie where all nodes see them. Other sizes: sbatch --nodes=2 --gpus-per-node=4 launch/slurm.sh ...
+# name, it installs JAX for processors. The repository, DIR and the data must lie where all nodes see
+# them. Other sizes: sbatch --nodes=2 --gpus-per-node=4 launch/slurm.sh ...
 #
 #SBATCH --job-name=seed_jax
 #SBATCH --nodes=8

@@ -33,7 +33,7 @@ from seed_jax.data.batches import live_and_die_with_parent
 from seed_jax.data.inputs import open_parts
 from seed_jax.data.parts import NO_CAPTION, Damaged, Dropped, Part
 from seed_jax.data.prepared import FORMAT, REPORT, read_report
-from seed_jax.data.sources import Record, write_array_record
+from seed_jax.data.sources import Record, check_name, write_array_record
 from seed_jax.files import lack_of_room, replace_text
 from seed_jax.workdir import LOCK, locked, shard_not_written
 
@@ -135,8 +135,8 @@ def _checked(found: Record | Dropped, options: Options) -> Record | Dropped:
     if not found["captions"]:
         return Dropped(found["id"], NO_CAPTION)
     try:
-        found["id"].encode()
-    except UnicodeEncodeError:
+        check_name(found["id"])
+    except UserError:
         return Dropped(found["id"], NOT_UTF8)
     try:
         width, height = transforms.decode(found["image"]).size
